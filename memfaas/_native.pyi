@@ -1,0 +1,172 @@
+"""The native core: memory, shard and the links to it. See memfaas/native/ for the code in C.
+
+Nothing here waits without a limit, and everything that waits or copies much releases the GIL.
+"""
+
+from typing_extensions import Buffer
+from typing import ClassVar, Final, Literal, final
+
+MAX_KEY: Final = 65536
+"""Bytes of the longest key."""
+MAX_META: Final = 1024
+MIN_SHARD: Final[int]
+"""Bytes of the smallest heap."""
+USER: Final = 0
+PART: Final = 1
+"""Key spaces: what users name, and the parts of values too large for one shard's largest block."""
+FLAG_LZ4: Final = 1
+FLAG_MANIFEST: Final = 2
+FLAG_ARRAY: Final = 4
+
+NEED_CONNECTION: Final[int]
+BROKEN: Final[int]
+REVOKED: Final[int]
+FROZEN: Final[int]
+STALE: Final[int]
+"""Why a link could not do an operation (argument of `StoreCore._repair`): a tcp link with no free
+connection, one whose connection broke, revoked memory, frozen memory, a link of the parent process."""
+
+def geometry(kind: Literal["shard", "region"], size: int) -> tuple[int, int]:
+    """Bytes of the data and of the control memory for `size` usable bytes."""
+
+def format_memory(
+    data_fd: int,
+    control_fd: int,
+    *,
+    kind: Literal["shard", "region"],
+    size: int,
+    lease: bytes,
+    store: bytes,
+    shard: int,
+    epoch: int,
+) -> None:
+    """Writes the first page and the control structures into fresh (zero) memory of the right size."""
+
+def fork_generation() -> int: ...
+
+@final
+class Memory:
+    """The owner's side of one lease's memory (for the memory function). Maps both descriptors."""
+
+    def __init__(self, data_fd: int, control_fd: int) -> None:
+        """ValueError when they do not hold a memory formatted by this version."""
+    kind: Literal["shard", "region"]
+    size: int
+    lease: bytes
+    epoch: int
+    data_bytes: int
+    part_size: int
+    """Bytes of the largest value that one block chain of this shard takes."""
+    def populate(self, limit: int) -> int:
+        """Backs up to `limit` more bytes with locked pages. Returns the bytes backed in all.
+
+        MemoryError when the system has no memory; PermissionError when RLIMIT_MEMLOCK forbids the lock
+        (pages are then backed but not locked, and the next calls go on without locking)."""
+    def revoke(self) -> None:
+        """From now on every operation on any link ends as REVOKED. Then ftruncate the data."""
+    def attach(self, pid: int, start_time: int) -> int:
+        """Registers a process that maps the memory; returns its participant number (>= 1).
+
+        OSError(EMFILE) when all places are taken."""
+    def reap(self, participant: int) -> None:
+        """The participant is dead or has left: unpin, complete and free what it left behind.
+
+        `reap(0)` cleans up after a killed function, before the new one serves. May wait for running
+        operations; call it in a thread."""
+    def participants(self) -> list[tuple[int, int, int]]:
+        """(participant, pid, start_time) of those attached."""
+    def stats(self) -> dict[str, int]: ...
+    def close(self) -> None: ...
+
+@final
+class Server:
+    """Native threads that serve authenticated tcp connections to one memory, one thread each."""
+
+    def __init__(self, memory: Memory) -> None: ...
+    def serve(self, fd: int) -> None:
+        """Takes over a connected socket (the descriptor is now the server's)."""
+    def connections(self) -> int: ...
+    def stop(self, timeout_s: float) -> bool:
+        """Ends all connections; False when some thread did not end in time."""
+
+class Link:
+    """One client's open path to one lease."""
+
+    fabric: ClassVar[str]
+    def close(self) -> None: ...
+    def stats(self) -> dict[str, int]:
+        """Of the shard: keys, parts, used, size, ... (a round trip on tcp)."""
+
+@final
+class ShmLink(Link):
+    fabric: ClassVar[str] = "shm"
+    def __init__(self, data_fd: int, control_fd: int, participant: int, timeout_s: float) -> None:
+        """Maps the memory (the descriptors may be closed afterwards)."""
+
+@final
+class TcpLink(Link):
+    fabric: ClassVar[str] = "tcp"
+    def __init__(self, timeout_s: float) -> None: ...
+    def add(self, fd: int) -> None:
+        """Adds an authenticated connection to the link's pool (the descriptor is now the link's)."""
+
+class StoreCore:
+    """The hot path of a store. `memfaas.client.store.Store` extends it and supplies the rare paths."""
+
+    def __init__(self, shard_ids: list[bytes], part_size: int, plain: bool) -> None:
+        """`shard_ids`: 16 bytes for each shard (a key goes to the shard with the highest
+        hash(key, id)). `plain`: values are stored as they are (no compression)."""
+    def _set_link(self, shard: int, link: Link | None) -> None: ...
+    def _get_link(self, shard: int) -> Link | None: ...
+    def _shard_of(self, key: bytes, space: int) -> int: ...
+
+    def get(self, key: str | bytes) -> bytes: ...
+    def get_into(self, key: str | bytes, buffer: Buffer) -> int: ...
+    def put(self, key: str | bytes, value: Buffer) -> None: ...
+    def delete(self, key: str | bytes) -> bool: ...
+    def __contains__(self, key: object) -> bool: ...
+    def get_many(self, keys: list[str | bytes]) -> list[bytes | None]: ...
+    def put_many(self, items: dict[str | bytes, Buffer] | list[tuple[str | bytes, Buffer]]) -> None: ...
+
+    # Single steps, for the rare paths. Each retries through `_repair` like the public ones.
+    def _load(self, key: bytes, space: int) -> tuple[bytes, bytes, int] | None:
+        """(value, meta, flags) as stored."""
+    def _load_into(self, key: bytes, space: int, buffer: Buffer) -> tuple[int, bytes, int] | None:
+        """(length, meta, flags); UsageError when the buffer is too small (nothing is written)."""
+    def _save(self, key: bytes, space: int, value: Buffer, meta: bytes, flags: int) -> bytes | None:
+        """Stores; returns the manifest that it replaced, if what it replaced was one."""
+    def _remove(self, key: bytes, space: int) -> tuple[bool, bytes | None]:
+        """Whether it was there, and its manifest if it was one."""
+    def _scan(self, shard: int, cursor: int, space: int) -> tuple[int, list[tuple[bytes, int, int]]]:
+        """A batch of (key, flags, length of the value), and the next cursor (0: that was all).
+
+        Every key that is present during the whole scan is in it, at least once."""
+
+    # Supplied by the subclass.
+    def _repair(self, shard: int, reason: int, attempt: int) -> None:
+        """The link of this shard is missing or failed: mend it (`_set_link`, `TcpLink.add`) or raise.
+        `attempt` counts from 1 within one operation; the core then tries the operation again."""
+    def _unpack(self, key: bytes, value: bytes, meta: bytes, flags: int) -> bytes:
+        """The user's value of a block with FLAG_LZ4 or FLAG_MANIFEST."""
+    def _get_into_rare(self, key: bytes, buffer: Buffer) -> int: ...
+    def _put_rare(self, key: bytes, value: Buffer) -> None:
+        """Values that are not plain bytes-like, or larger than part_size, or in a compressed store."""
+    def _forget(self, manifest: bytes) -> None:
+        """A manifest was replaced or deleted: its parts can go."""
+
+class RegionCore:
+    """The hot path of a region. `memfaas.client.region.Region` extends it."""
+
+    def __init__(self, size: int) -> None: ...
+    size: int
+    def _set_link(self, link: Link | None) -> None: ...
+    def _get_link(self) -> Link | None: ...
+    def read(self, offset: int, length: int) -> bytes: ...
+    def read_into(self, offset: int, buffer: Buffer) -> int: ...
+    def write(self, offset: int, data: Buffer) -> int: ...
+    def compare_swap(self, offset: int, expected: int, new: int) -> int:
+        """Atomically sets the 8-byte little-endian word at `offset` (a multiple of 8) to `new` if it
+        is `expected`. Returns the word before."""
+    def fetch_add(self, offset: int, amount: int) -> int:
+        """Atomically adds (modulo 2**64). Returns the word before."""
+    def _repair(self, shard: int, reason: int, attempt: int) -> None: ...

@@ -1,0 +1,303 @@
+"""Control connections: length-prefixed frames, and requests, replies and notices over them.
+
+A frame is a 4-byte big-endian length and that many bytes. On an open `Channel` a frame is msgpack
+of `[kind, id, message]`. Both sides may ask; replies come in any order. A malformed or oversized
+frame ends that connection and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import struct
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import msgpack
+import trio
+
+from memfaas import auth, messages
+from memfaas.errors import (
+    AccessError,
+    BrokerUnavailable,
+    DeadlineExceeded,
+    MemfaasError,
+    ProtocolError,
+    TransportError,
+    from_code,
+)
+
+if TYPE_CHECKING:
+    from memfaas.messages import Message
+
+MAX_FRAME = 8 << 20
+MAX_HANDSHAKE_FRAME = 4096
+HANDSHAKE_TIMEOUT_S = 5.0
+_LENGTH = struct.Struct(">I")
+_REQUEST, _REPLY, _ERROR, _NOTICE = range(4)
+_PENDING_MAX = 1024
+
+R = TypeVar("R", bound="Message")
+
+
+def frame(payload: bytes, limit: int = MAX_FRAME) -> bytes:
+    if len(payload) > limit:
+        raise ProtocolError(f"a frame of {len(payload)} bytes is over the limit of {limit}")
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def frame_length(header: bytes, limit: int) -> int:
+    (length,) = _LENGTH.unpack(header)
+    if length > limit:
+        raise ProtocolError(f"a frame of {length} bytes is over the limit of {limit}")
+    return int(length)
+
+
+async def _receive_exactly(stream: trio.abc.ReceiveStream, count: int) -> bytes:
+    """Reads no byte too many: after a handshake the native code goes on with the socket."""
+    parts = bytearray()
+    while len(parts) < count:
+        piece = await stream.receive_some(count - len(parts))
+        if not piece:
+            raise EOFError
+        parts += piece
+    return bytes(parts)
+
+
+async def receive_frame(stream: trio.abc.ReceiveStream, limit: int = MAX_FRAME) -> bytes:
+    """Raises EOFError at the end of the stream, ProtocolError for a frame over the limit."""
+    return await _receive_exactly(stream, frame_length(await _receive_exactly(stream, _LENGTH.size), limit))
+
+
+async def send_message(stream: trio.abc.SendStream, message: Message) -> None:
+    """One bare message, as in a handshake."""
+    await stream.send_all(frame(messages.encode(message), MAX_HANDSHAKE_FRAME))
+
+
+async def receive_message(stream: trio.abc.ReceiveStream) -> Message:
+    return messages.decode(await receive_frame(stream, MAX_HANDSHAKE_FRAME))
+
+
+def send_message_blocking(sock: socket.socket, message: Message) -> None:
+    sock.sendall(frame(messages.encode(message), MAX_HANDSHAKE_FRAME))
+
+
+def receive_message_blocking(sock: socket.socket) -> Message:
+    """EOFError at the end of the stream."""
+
+    def exactly(count: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < count:
+            piece = sock.recv(count - len(parts))
+            if not piece:
+                raise EOFError
+            parts += piece
+        return bytes(parts)
+
+    return messages.decode(exactly(frame_length(exactly(_LENGTH.size), MAX_HANDSHAKE_FRAME)))
+
+
+async def greet(stream: trio.abc.Stream, role: str, credentials: auth.Credentials) -> None:
+    """The client's side of the handshake with a broker. Raises AccessError, ProtocolError."""
+    hello = messages.Hello(
+        version=messages.VERSION,
+        role="donor" if role == "donor" else "session",
+        name=credentials.name,
+        nonce=auth.new_nonce(),
+    )
+    with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+        await send_message(stream, hello)
+        await send_message(stream, auth.answer(hello, await receive_message(stream), credentials.key))
+        end = await receive_message(stream)
+    if isinstance(end, messages.Refused):
+        raise from_code(end.code, end.text)
+    if not isinstance(end, messages.Welcome):
+        raise ProtocolError(f"expected a welcome, got {type(end).__name__}")
+
+
+async def admit(stream: trio.abc.Stream, secret: bytes) -> messages.Hello:
+    """The broker's side: who is this? A peer that is refused is told why, then the error is raised."""
+    try:
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            hello = await receive_message(stream)
+            auth.check_hello(hello)
+            if not isinstance(hello, messages.Hello):
+                raise ProtocolError("expected a hello of a session or donor")
+            if hello.role == "session":
+                try:
+                    auth.valid_tenant(hello.name)
+                except ValueError as error:
+                    raise AccessError(str(error)) from None
+                key = auth.Credentials.of_tenant(secret, hello.name).key
+            else:
+                key = auth.Credentials.of_donor(secret, hello.name).key
+            asked = auth.challenge(hello, key)
+            await send_message(stream, asked)
+            auth.check_answer(hello, asked, await receive_message(stream), key)
+            await send_message(stream, messages.Welcome())
+            return hello
+    except MemfaasError as error:
+        with trio.move_on_after(1):
+            try:
+                await send_message(stream, messages.Refused(code=error.code, text=str(error)))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+        raise
+
+
+class Handler(Protocol):
+    """What a channel's owner does with what arrives."""
+
+    async def on_request(self, message: Message) -> Message:
+        """Returns the reply; a MemfaasError becomes an error reply."""
+
+    def on_notice(self, message: Message) -> None: ...
+
+
+class Channel:
+    """One authenticated control connection, symmetric.
+
+    `run` must be running for `request` to get its reply. When the connection ends, by whichever
+    side, every pending request gets a TransportError and `run` returns.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, handler: Handler, peer: str) -> None:
+        self.peer = peer
+        self._stream = stream
+        self._handler = handler
+        self._send_lock = trio.Lock()
+        self._next_id = 0
+        self._pending: dict[int, trio.MemorySendChannel[Message | MemfaasError]] = {}
+        self._closed = False
+
+    async def run(self) -> None:
+        """Serves the connection until it ends. Raises ProtocolError when the peer broke the rules."""
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    while True:
+                        await self._dispatch(await receive_frame(self._stream), nursery)
+                except (EOFError, trio.BrokenResourceError, trio.ClosedResourceError):
+                    pass
+                nursery.cancel_scope.cancel()
+        except* ProtocolError as group:
+            raise ProtocolError(f"{self.peer}: {group.exceptions[0]}") from group
+        finally:
+            self._closed = True
+            await trio.aclose_forcefully(self._stream)
+            for waiter in self._pending.values():
+                waiter.close()
+            self._pending.clear()
+
+    async def _dispatch(self, data: bytes, nursery: trio.Nursery) -> None:
+        try:
+            kind, number, body = msgpack.unpackb(data)
+            if not (isinstance(kind, int) and isinstance(number, int)):
+                raise ValueError("kind and id are integers")
+        except Exception as error:  # hostile bytes
+            raise ProtocolError(f"malformed frame: {error}") from error
+        if kind == _REQUEST:
+            if len(nursery.child_tasks) >= _PENDING_MAX:
+                raise ProtocolError(f"more than {_PENDING_MAX} requests at once")
+            nursery.start_soon(self._serve, number, body)
+        elif kind == _NOTICE:
+            self._handler.on_notice(messages.decode(body))
+        elif kind in (_REPLY, _ERROR):
+            waiter = self._pending.pop(number, None)
+            if waiter is not None:  # else: the one who asked has given up
+                waiter.send_nowait(_outcome(kind, body))
+        else:
+            raise ProtocolError(f"unknown kind of frame {kind}")
+
+    async def _serve(self, number: int, body: bytes) -> None:
+        try:
+            reply = await self._handler.on_request(messages.decode(body))
+            kind, payload = _REPLY, messages.encode(reply)
+        except MemfaasError as error:
+            kind, payload = _ERROR, messages.encode(messages.Refused(code=error.code, text=str(error)))
+        try:
+            await self._send(kind, number, payload)
+        except TransportError:
+            pass  # the one who asked is gone
+
+    async def _send(self, kind: int, number: int, payload: bytes) -> None:
+        data = frame(msgpack.packb([kind, number, payload]))
+        try:
+            async with self._send_lock:
+                await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise TransportError(f"the connection to {self.peer} broke") from error
+        except trio.Cancelled:
+            # A frame may have gone out by half: nothing sensible can follow it.
+            await trio.aclose_forcefully(self._stream)
+            raise
+
+    async def request(self, message: Message, reply: type[R], timeout_s: float = math.inf) -> R:
+        """Asks and waits. Raises the peer's error, TransportError, DeadlineExceeded."""
+        if self._closed:
+            raise TransportError(f"the connection to {self.peer} is closed")
+        self._next_id += 1
+        number = self._next_id
+        send, receive = trio.open_memory_channel["Message | MemfaasError"](1)
+        self._pending[number] = send
+        try:
+            with trio.fail_after(timeout_s):
+                await self._send(_REQUEST, number, messages.encode(message))
+                result = await receive.receive()
+        except trio.TooSlowError:
+            raise DeadlineExceeded(
+                f"{self.peer} did not answer {type(message).__name__} within {timeout_s:g} s"
+            ) from None
+        except trio.EndOfChannel:
+            raise TransportError(f"the connection to {self.peer} broke before the answer came") from None
+        finally:
+            self._pending.pop(number, None)
+            send.close()
+        if isinstance(result, MemfaasError):
+            raise result
+        if not isinstance(result, reply):
+            raise ProtocolError(f"{self.peer} answered {type(message).__name__} with {type(result).__name__}")
+        return result
+
+    async def notify(self, message: Message) -> None:
+        await self._send(_NOTICE, 0, messages.encode(message))
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self._stream.aclose()
+
+
+def _outcome(kind: int, body: bytes) -> Message | MemfaasError:
+    message = messages.decode(body)
+    if kind == _REPLY:
+        return message
+    if isinstance(message, messages.Refused):
+        return from_code(message.code, message.text)
+    raise ProtocolError("an error reply without an error")
+
+
+async def dial(host: str, port: int, role: str, credentials: auth.Credentials) -> trio.SocketStream:
+    """An authenticated stream to the broker. BrokerUnavailable, AccessError, ProtocolError."""
+    where = f"{host}:{port}"
+    try:
+        with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+            stream = await trio.open_tcp_stream(host, port)
+    except (OSError, trio.TooSlowError) as error:
+        raise BrokerUnavailable(f"no broker answers at {where} ({_reason(error)}); is `memfaas broker` running there?") from error
+    try:
+        await greet(stream, role, credentials)
+    except (EOFError, trio.BrokenResourceError, trio.TooSlowError) as error:
+        await trio.aclose_forcefully(stream)
+        raise BrokerUnavailable(f"what listens at {where} does not speak like a memfaas broker") from error
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return stream
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, trio.TooSlowError):
+        return f"no answer in {HANDSHAKE_TIMEOUT_S:g} s"
+    if isinstance(error, OSError) and error.__cause__ is not None and isinstance(error.__cause__, BaseExceptionGroup):
+        return "; ".join(sorted({str(e) for e in error.__cause__.exceptions}))
+    return str(error)
+
