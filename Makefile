@@ -9,6 +9,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BIN := .venv/bin
+# That extensions are named in pyproject.toml is still called experimental at each build.
+BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
 
 BUILD_PACKAGES := gcc libc6-dev libxxhash-dev python3-dev python3-venv
@@ -78,12 +80,12 @@ clean: ## Remove what was built and cached, but not .venv
 	exit 1
 
 .venv/.installed: pyproject.toml .venv/.created
-	@$(BIN)/pip install --quiet --no-build-isolation --editable .
+	@$(BUILD_ENV) $(BIN)/pip install --quiet --no-build-isolation --editable .
 	touch $@ .venv/.built
 
 .venv/.built: $(NATIVE) .venv/.installed
 	@if [[ ! -e $@ || -n "$$(find $(NATIVE) -newer $@)" ]]; then
-		$(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace
+		$(BUILD_ENV) $(BIN)/python -c 'import setuptools; setuptools.setup()' --quiet build_ext --inplace --force
 	fi
 	touch $@
 

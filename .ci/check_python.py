@@ -2,7 +2,7 @@
 
 import sys
 
-if sys.version_info < (3, 11):
+if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit("too old")
 
 import ensurepip  # noqa: F401  (Debian packs it separately)
