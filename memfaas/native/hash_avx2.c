@@ -1,0 +1,14 @@
+/* The same hash as hash.c, with 32-byte vectors; called only where the CPU has them. */
+#if defined(__x86_64__)
+#pragma GCC target("avx2")
+#include <immintrin.h>
+#define XXH_VECTOR 2 /* XXH_AVX2 */
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "hash.h"
+
+uint64_t mf_hash_avx2(const void *data, size_t length, uint64_t seed) {
+    return XXH3_64bits_withSeed(data, length, seed);
+}
+#endif

@@ -1,0 +1,105 @@
+/* What a dead participant left behind, put right by the function.
+ *
+ * 1. `retiring`: it was replacing or deleting a value. If the block is still linked, nothing happened
+ *    yet; otherwise its blocks go into limbo now, if they are not there already. Its pin is still set,
+ *    so no limbo bit that it set can have been harvested: setting it again is harmless.
+ * 2. Its locks open. The data under them is right at every moment: a slot changes by one store.
+ * 3. Its pins clear.
+ * 4. Spans that it holds: a block in them that no slot leads to, and that is not in limbo, was being
+ *    written. Whoever unlinked a block before we looked had pinned it; once two epochs have passed, that
+ *    one's limbo bit is there (or harvested), so what is then still neither linked nor in limbo is free.
+ *    Nobody else takes blocks from these spans meanwhile, so nothing new becomes linked in them. */
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "memfaas.h"
+
+static void finish_retiring(struct mf_memory *memory, uint32_t participant) {
+    for (uint32_t i = 0; i < MF_PINS; i++) {
+        struct mf_pin *pin = &memory->control->pins[i];
+        uint64_t word = atomic_load(&pin->word), offset = atomic_load(&pin->retiring);
+        if ((word & 0xffff) != participant + 1 || !word)
+            continue;
+        if (offset && !mf_is_linked(memory, offset))
+            mf_retire_block(memory, offset);
+        atomic_store(&pin->retiring, 0);
+    }
+}
+
+static void open_locks(struct mf_memory *memory, uint32_t participant) {
+    for (uint32_t i = 0; i < MF_STRIPES; i++) {
+        _Atomic uint32_t *lock = &memory->control->stripes[i].lock;
+        uint32_t seen = atomic_load(lock);
+        while ((seen & 0x7fffffff) == participant + 1)
+            if (atomic_compare_exchange_strong(lock, &seen, 0)) {
+                mf_futex_wake(lock, INT_MAX);
+                break;
+            }
+    }
+}
+
+static void clear_pins(struct mf_memory *memory, uint32_t participant) {
+    for (uint32_t i = 0; i < MF_PINS; i++) {
+        struct mf_pin *pin = &memory->control->pins[i];
+        uint64_t word = atomic_load(&pin->word);
+        if (word && (word & 0xffff) == participant + 1)
+            atomic_store(&pin->word, 0);
+    }
+}
+
+/* Waits until every operation that runs now has ended. */
+static bool quiesce(struct mf_memory *memory, int64_t deadline) {
+    uint64_t until = atomic_load(&memory->control->epoch) + 2;
+    while (atomic_load(&memory->control->epoch) < until)
+        if (!mf_advance(memory)) {
+            if (mf_now() > deadline || atomic_load(&memory->control->state) == MF_STATE_REVOKED)
+                return false;
+            mf_nap(1000000);
+        }
+    return true;
+}
+
+/* ETIMEDOUT: an operation did not end; the spans stay the reaper's until it is called again. */
+static int put_right(struct mf_memory *memory, const uint32_t *spans, uint32_t count, int64_t deadline) {
+    uint64_t *linked = calloc((size_t)count * MF_SPAN_WORDS, sizeof *linked);
+    if (!linked)
+        return ENOMEM;
+    int error = mf_mark_linked(memory, spans, count, linked, deadline) == MF_OK && quiesce(memory, deadline)
+                    ? 0
+                    : ETIMEDOUT;
+    for (uint32_t i = 0; !error && i < count; i++)
+        mf_span_free_unlinked(memory, spans[i], linked + (size_t)i * MF_SPAN_WORDS);
+    free(linked);
+    return error;
+}
+
+int mf_reap(struct mf_memory *memory, uint32_t participant, int64_t deadline) {
+    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+    struct mf_control *control = memory->control;
+    uint32_t spans = (uint32_t)memory->at.spans, count = 0;
+    uint32_t *left = malloc((spans + 1) * sizeof *left);
+    if (!left)
+        return ENOMEM;
+    pthread_mutex_lock(&one_at_a_time);
+    if (memory->at.kind == MF_SHARD) {
+        MF_GUARDED(memory->data, memory->at.data_bytes, finish_retiring(memory, participant), (void)0);
+        open_locks(memory, participant);
+    }
+    clear_pins(memory, participant);
+    for (uint32_t i = 0; i < spans; i++) {
+        uint32_t holder = participant + 1;
+        /* Its number is then free for the next one, also when the rest has to wait. */
+        atomic_compare_exchange_strong(&control->spans[i].holder, &holder, MF_REAPER);
+        if (atomic_load(&control->spans[i].holder) == MF_REAPER)
+            left[count++] = i;
+    }
+    if (participant)
+        atomic_store(&control->participants[participant].state, 0);
+    int error = count ? put_right(memory, left, count, deadline) : 0;
+    pthread_mutex_unlock(&one_at_a_time);
+    free(left);
+    return error;
+}

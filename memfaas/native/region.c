@@ -1,0 +1,53 @@
+/* A lease as raw memory. Reads and writes are copies: only aligned words are atomic. */
+#include <string.h>
+
+#include "memfaas.h"
+
+int mf_region_range(struct mf_memory *memory, uint64_t offset, uint64_t length) {
+    if (memory->at.kind != MF_REGION || length > memory->at.size || offset > memory->at.size - length)
+        return MF_BAD;
+    return MF_OK;
+}
+
+static int start(struct mf_op *op, uint64_t offset, uint64_t length) {
+    int status = mf_region_range(op->memory, offset, length);
+    return status == MF_OK ? mf_pin(op) : status;
+}
+
+static uint8_t *at(struct mf_op *op, uint64_t offset) { return op->memory->data + op->memory->at.heap + offset; }
+
+int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t length) {
+    int status = start(op, offset, length);
+    if (status == MF_OK)
+        MF_GUARDED(op->memory->data, op->memory->at.data_bytes, memcpy(into, at(op, offset), length),
+                   return MF_REVOKED);
+    return status;
+}
+
+int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_t length) {
+    int status = start(op, offset, length);
+    if (status == MF_OK)
+        MF_GUARDED(op->memory->data, op->memory->at.data_bytes, memcpy(at(op, offset), data, length),
+                   return MF_REVOKED);
+    return status;
+}
+
+int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before) {
+    int status = offset % 8 ? MF_BAD : start(op, offset, 8);
+    if (status == MF_OK)
+        MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
+                   {
+                       atomic_compare_exchange_strong((_Atomic uint64_t *)at(op, offset), &expected, new_);
+                       *before = expected;
+                   },
+                   return MF_REVOKED);
+    return status;
+}
+
+int mf_region_add(struct mf_op *op, uint64_t offset, uint64_t amount, uint64_t *before) {
+    int status = offset % 8 ? MF_BAD : start(op, offset, 8);
+    if (status == MF_OK)
+        MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
+                   *before = atomic_fetch_add((_Atomic uint64_t *)at(op, offset), amount), return MF_REVOKED);
+    return status;
+}

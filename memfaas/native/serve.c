@@ -1,0 +1,336 @@
+/* The function's side of the tcp fabric: one blocking thread for each connection.
+ *
+ * A thread costs an idle connection a few KiB and nothing else, a slow peer holds up nobody, and a
+ * request costs two system calls, recv and send: the floor. Replies are kept back while the buffer
+ * holds further requests, so a batch costs two system calls as well. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "wire.h"
+
+#define OPERATION_NS 5000000000ll /* for locks; the client's own deadline is what counts for it */
+#define PEER_NS 20000000000ll     /* a peer that stalls inside a request for so long is cut off: it holds memory */
+#define STACK (256u << 10)
+
+struct connection {
+    struct mf_server *server;
+    struct connection *next, **link;
+    struct mf_stream stream;
+};
+
+struct mf_server {
+    struct mf_memory *memory;
+    pthread_mutex_t mutex;
+    pthread_cond_t ended;
+    struct connection *all;
+    int count;
+    bool stopping;
+};
+
+static bool reply(struct mf_stream *stream, struct mf_reply answer) {
+    return mf_stream_queue(stream, &answer, sizeof answer);
+}
+
+static bool reply_status(struct mf_stream *stream, int status) {
+    return reply(stream, (struct mf_reply){.status = (uint8_t)status});
+}
+
+/* More bytes than the buffer holds are coming from the peer: it may wait for our replies first. */
+static bool before_blocking(struct mf_stream *stream, size_t needed) {
+    return stream->have - stream->at >= needed || mf_stream_flush(stream);
+}
+
+static bool serve_get(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
+                      const void *key) {
+    struct mf_op op;
+    mf_op_begin(&op, memory, OPERATION_NS);
+    op.space = request->space;
+    int status = mf_get(&op, key, request->key_len);
+    volatile bool good = true;
+    if (status != MF_OK || request->flags & MF_HEAD_ONLY)
+        good = reply_status(stream, status);
+    else {
+        struct mf_reply answer = {.status = MF_OK,
+                                  .flags = op.flags,
+                                  .meta_len = (uint16_t)op.meta_len,
+                                  .segments = op.segments,
+                                  .value_len = op.value_len,
+                                  .checksum = op.checksum};
+        if (op.chunks == 0) {
+            size_t room = sizeof answer + op.meta_len + op.value_len;
+            if (room > MF_BUFFER - stream->pending)
+                good = mf_stream_flush(stream);
+            volatile size_t pending = stream->pending;
+            if (good)
+                MF_GUARDED(
+                    memory->data, memory->at.data_bytes,
+                    {
+                        mf_stream_queue(stream, &answer, sizeof answer);
+                        mf_stream_queue(stream, op.meta, op.meta_len);
+                        mf_stream_queue(stream, op.piece[0].iov_base, op.value_len);
+                    },
+                    {
+                        stream->pending = pending;
+                        good = reply_status(stream, MF_REVOKED);
+                    });
+        } else {
+            /* From the heap to the socket; a cut mapping is EFAULT there, and ends the connection. */
+            struct iovec pieces[MF_MAX_CHUNKS + 3] = {{&answer, sizeof answer},
+                                                      {(void *)op.meta, op.meta_len},
+                                                      {op.sums, op.segments * sizeof *op.sums}};
+            memcpy(pieces + 3, op.piece, op.pieces * sizeof *pieces);
+            good = mf_stream_send(stream, pieces, op.pieces + 3);
+        }
+    }
+    mf_op_end(&op);
+    return good;
+}
+
+/* Receives the value into the blocks that were reserved for it. */
+static bool receive_value(struct mf_op *op, struct mf_stream *stream) {
+    for (uint32_t i = 0; i < op->pieces; i++)
+        if (!mf_stream_read(stream, op->piece[i].iov_base, op->piece[i].iov_len))
+            return false;
+    return op->chunks == 0 || mf_stream_read(stream, op->sums, op->segments * sizeof *op->sums);
+}
+
+static bool serve_put(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
+                      const uint8_t *key) {
+    struct mf_op op;
+    struct mf_replaced replaced = {0};
+    bool inline_ = mf_is_inline(request->key_len, request->meta_len, request->value_len);
+    uint64_t follows =
+        request->value_len + (inline_ ? 0 : mf_segments_of(request->value_len) * sizeof(uint64_t));
+    uint8_t head[MF_MAX_META + MF_MAX_KEY]; /* the buffer is used again for the value */
+    memcpy(head, key, request->key_len + request->meta_len);
+    stream->at += request->key_len + request->meta_len;
+    if (!before_blocking(stream, follows))
+        return false;
+    mf_op_begin(&op, memory, OPERATION_NS);
+    op.space = request->space;
+    int status = mf_put_reserve(&op, request->key_len, request->meta_len, request->value_len);
+    if (status != MF_OK) {
+        mf_op_end(&op);
+        return mf_stream_skip(stream, follows) && reply_status(stream, status);
+    }
+    mf_unpin(&op); /* the peer may be slow, and the blocks are ours while we hold their spans */
+    volatile bool good = false;
+    MF_GUARDED(memory->data, memory->at.data_bytes, good = receive_value(&op, stream), good = false);
+    if (!good) {
+        mf_put_abort(&op);
+        mf_op_end(&op);
+        return false;
+    }
+    op.checksum = request->c;
+    op.deadline = 0; /* the peer's time is not ours */
+    status = mf_put_commit(&op, head, head + request->key_len, request->flags, request->a, &replaced);
+    mf_op_end(&op);
+    return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
+           mf_stream_queue(stream, replaced.manifest, replaced.length);
+}
+
+static bool serve_delete(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
+                         const void *key) {
+    struct mf_op op;
+    struct mf_replaced replaced = {0};
+    mf_op_begin(&op, memory, OPERATION_NS);
+    op.space = request->space;
+    int status = mf_delete(&op, key, request->key_len, &replaced);
+    mf_op_end(&op);
+    return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
+           mf_stream_queue(stream, replaced.manifest, replaced.length);
+}
+
+static bool serve_scan(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request) {
+    size_t room = MF_GROUP * (16 + MF_MAX_KEY), length; /* one group always fits */
+    uint8_t *out = malloc(room);
+    uint64_t cursor = request->a;
+    struct mf_op op;
+    if (!out)
+        return false;
+    mf_op_begin(&op, memory, OPERATION_NS);
+    op.space = request->space;
+    int status = mf_scan(&op, &cursor, out, room, &length);
+    mf_op_end(&op);
+    struct mf_reply answer = {
+        .status = (uint8_t)status, .value_len = status == MF_OK ? length : 0, .a = cursor};
+    bool good = reply(stream, answer) &&
+                (answer.value_len == 0 || mf_stream_send(stream, &(struct iovec){out, length}, 1));
+    free(out);
+    return good;
+}
+
+static bool serve_stats(struct mf_memory *memory, struct mf_stream *stream) {
+    struct mf_stats stats;
+    int status = mf_stats(memory, &stats);
+    return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = sizeof stats}) &&
+           mf_stream_queue(stream, &stats, sizeof stats);
+}
+
+static bool serve_region(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request) {
+    struct mf_op op;
+    uint64_t before = 0;
+    int status = mf_region_range(memory, request->a, request->verb < MF_SWAP ? request->value_len : 8);
+    uint8_t *at = memory->data + memory->at.heap + request->a;
+    volatile bool good = true;
+    mf_op_begin(&op, memory, OPERATION_NS);
+    switch (request->verb) {
+    case MF_READ:
+        if (status == MF_OK && (status = mf_pin(&op)) == MF_OK) {
+            struct mf_reply answer = {.status = MF_OK, .value_len = request->value_len};
+            good = mf_stream_send(stream, (struct iovec[]){{&answer, sizeof answer}, {at, request->value_len}}, 2);
+            mf_op_end(&op);
+            return good;
+        }
+        break;
+    case MF_WRITE:
+        good = before_blocking(stream, request->value_len);
+        if (good && status == MF_OK && (status = mf_pin(&op)) == MF_OK) {
+            MF_GUARDED(memory->data, memory->at.data_bytes, good = mf_stream_read(stream, at, request->value_len),
+                       good = false);
+            mf_op_end(&op);
+            break;
+        }
+        good = good && mf_stream_skip(stream, request->value_len);
+        break;
+    case MF_SWAP:
+        status = mf_region_swap(&op, request->a, request->b, request->c, &before);
+        break;
+    default:
+        status = mf_region_add(&op, request->a, request->c, &before);
+    }
+    mf_op_end(&op);
+    return good && reply(stream, (struct mf_reply){.status = (uint8_t)status, .a = before});
+}
+
+/* False ends the connection: it broke, or what came is not a request. */
+static bool serve_one(struct mf_memory *memory, struct mf_stream *stream) {
+    struct mf_request request;
+    if (!before_blocking(stream, sizeof request))
+        return false;
+    while (!mf_stream_fill(stream, sizeof request))
+        if (stream->error != EAGAIN || stream->at != stream->have)
+            return false; /* between requests it may say nothing for ever */
+    memcpy(&request, stream->in + stream->at, sizeof request);
+    bool keyed = request.verb == MF_GET || request.verb == MF_PUT || request.verb == MF_DELETE;
+    uint64_t largest = request.verb == MF_PUT ? MF_MAX_PART
+                       : request.verb == MF_READ || request.verb == MF_WRITE ? MF_READ_MAX
+                                                                              : 0;
+    if (request.verb < MF_GET || request.verb > MF_ADD || request.key_len > (keyed ? MF_MAX_KEY : 0) ||
+        request.meta_len > (request.verb == MF_PUT ? MF_MAX_META : 0) || request.value_len > largest ||
+        request.space > 1 || (memory->at.kind == MF_SHARD) != (request.verb <= MF_STATS)) {
+        if (request.verb != MF_STATS) { /* which regions answer too */
+            reply_status(stream, MF_BAD);
+            mf_stream_flush(stream);
+            return false;
+        }
+    }
+    stream->at += sizeof request;
+    size_t head = (size_t)request.key_len + request.meta_len;
+    if (!before_blocking(stream, head) || !mf_stream_fill(stream, head))
+        return false;
+    const uint8_t *key = stream->in + stream->at;
+    switch (request.verb) {
+    case MF_PUT:
+        return serve_put(memory, stream, &request, key);
+    case MF_GET:
+        stream->at += head;
+        return serve_get(memory, stream, &request, key);
+    case MF_DELETE:
+        stream->at += head;
+        return serve_delete(memory, stream, &request, key);
+    case MF_SCAN:
+        return serve_scan(memory, stream, &request);
+    case MF_STATS:
+        return serve_stats(memory, stream);
+    default:
+        return serve_region(memory, stream, &request);
+    }
+}
+
+static void *run(void *argument) {
+    struct connection *connection = argument;
+    struct mf_server *server = connection->server;
+    while (serve_one(server->memory, &connection->stream)) {
+    }
+    pthread_mutex_lock(&server->mutex);
+    *connection->link = connection->next;
+    if (connection->next)
+        connection->next->link = connection->link;
+    close(connection->stream.fd);
+    server->count--;
+    pthread_cond_broadcast(&server->ended);
+    pthread_mutex_unlock(&server->mutex);
+    free(connection);
+    return NULL;
+}
+
+struct mf_server *mf_server_new(struct mf_memory *memory) {
+    struct mf_server *server = calloc(1, sizeof *server);
+    if (!server)
+        return NULL;
+    server->memory = memory;
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&server->mutex, NULL);
+    pthread_cond_init(&server->ended, &attributes);
+    return server;
+}
+
+int mf_server_serve(struct mf_server *server, int fd) {
+    struct connection *connection = malloc(sizeof *connection);
+    if (!connection)
+        return ENOMEM;
+    connection->server = server;
+    mf_stream_open(&connection->stream, fd, PEER_NS);
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    pthread_mutex_lock(&server->mutex);
+    pthread_t thread;
+    int error = server->stopping ? ESHUTDOWN : pthread_create(&thread, &attributes, run, connection);
+    if (!error) {
+        connection->next = server->all;
+        connection->link = &server->all;
+        if (connection->next)
+            connection->next->link = &connection->next;
+        server->all = connection;
+        server->count++;
+    }
+    pthread_mutex_unlock(&server->mutex);
+    pthread_attr_destroy(&attributes);
+    if (error)
+        free(connection);
+    return error;
+}
+
+int mf_server_connections(struct mf_server *server) {
+    pthread_mutex_lock(&server->mutex);
+    int count = server->count;
+    pthread_mutex_unlock(&server->mutex);
+    return count;
+}
+
+bool mf_server_stop(struct mf_server *server, int64_t timeout_ns) {
+    int64_t until = mf_now() + timeout_ns;
+    struct timespec time = {until / 1000000000, until % 1000000000};
+    int error = 0;
+    pthread_mutex_lock(&server->mutex);
+    server->stopping = true;
+    for (struct connection *c = server->all; c; c = c->next)
+        shutdown(c->stream.fd, SHUT_RDWR);
+    while (server->count && !error)
+        error = pthread_cond_timedwait(&server->ended, &server->mutex, &time);
+    bool ended = server->count == 0;
+    pthread_mutex_unlock(&server->mutex);
+    return ended;
+}
+
+void mf_server_free(struct mf_server *server) { free(server); }
