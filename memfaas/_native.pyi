@@ -29,6 +29,9 @@ connection, one whose connection broke, revoked memory, frozen memory, a link of
 def geometry(kind: Literal["shard", "region"], size: int) -> tuple[int, int]:
     """Bytes of the data and of the control memory for `size` usable bytes."""
 
+def part_size(shard_size: int) -> int:
+    """Bytes of the largest value that a shard of this size takes in one piece."""
+
 def format_memory(
     data_fd: int,
     control_fd: int,
@@ -95,7 +98,10 @@ class Link:
     fabric: ClassVar[str]
     def close(self) -> None: ...
     def stats(self) -> dict[str, int]:
-        """Of the shard: keys, parts, used, size, ... (a round trip on tcp)."""
+        """Of the shard: keys, parts, used, size, ... (a round trip on tcp). Raises LinkDown."""
+
+class LinkDown(Exception):
+    """A link can't serve right now; `args[0]` is the reason, as in `StoreCore._repair`."""
 
 @final
 class ShmLink(Link):
@@ -150,7 +156,8 @@ class StoreCore:
         """The user's value of a block with FLAG_LZ4 or FLAG_MANIFEST."""
     def _get_into_rare(self, key: bytes, buffer: Buffer) -> int: ...
     def _put_rare(self, key: bytes, value: Buffer) -> None:
-        """Values that are not plain bytes-like, or larger than part_size, or in a compressed store."""
+        """Values that are neither bytes nor bytearray, or larger than part_size, or in a compressed
+        store; and those that the shard had no room for."""
     def _forget(self, manifest: bytes) -> None:
         """A manifest was replaced or deleted: its parts can go."""
 

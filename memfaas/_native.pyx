@@ -165,6 +165,12 @@ def geometry(kind, uint64_t size):
     return header.data_bytes, header.control_bytes
 
 
+def part_size(uint64_t shard_size):
+    cdef mf_header header
+    mf_geometry(MF_SHARD, shard_size, &header)
+    return header.part_size
+
+
 def format_memory(int data_fd, int control_fd, *, kind, uint64_t size, bytes lease, bytes store, uint64_t shard,
                   uint64_t epoch):
     cdef mf_header header
@@ -334,6 +340,7 @@ cdef class Link:
     cdef mf_pool *pool     # tcp
     cdef bint mapped, closed
     cdef int64_t timeout_ns
+    cdef object __weakref__
 
     cdef int usable(self) noexcept nogil:
         """MF_OK, or why not."""
@@ -840,6 +847,8 @@ cdef class StoreCore:
                 if replaced is not None:
                     self._forget(replaced)
                 return
+        except StoreFull:
+            pass  # the rare path makes room, if it can
         finally:
             PyBuffer_Release(&view)
         self._put_rare(PyBytes_FromStringAndSize(k, n), value)
