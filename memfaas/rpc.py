@@ -169,6 +169,11 @@ class Channel:
         self._pending: dict[int, trio.MemorySendChannel[Message | MemfaasError]] = {}
         self._closed = False
 
+    @property
+    def closed(self) -> bool:
+        """Whether the connection is known to have ended: only a new one can help."""
+        return self._closed
+
     async def run(self) -> None:
         """Serves the connection until it ends. Raises ProtocolError when the peer broke the rules."""
         try:
@@ -225,6 +230,7 @@ class Channel:
             async with self._send_lock:
                 await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._closed = True
             raise TransportError(f"the connection to {self.peer} broke") from error
         except trio.Cancelled:
             # A frame may have gone out by half: nothing sensible can follow it.
