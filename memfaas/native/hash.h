@@ -1,6 +1,6 @@
+/* Between hash.c and hash_avx2.c. */
 #include <stddef.h>
 #include <stdint.h>
-uint64_t mf_hash_plain(const void *data, size_t length, uint64_t seed);
-#if defined(__x86_64__)
+
 uint64_t mf_hash_avx2(const void *data, size_t length, uint64_t seed);
-#endif
+uint64_t mf_hash_copy_avx2(void *into, const void *from, size_t length);

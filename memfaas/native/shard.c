@@ -159,20 +159,26 @@ int mf_get(struct mf_op *op, const void *key, uint32_t key_len) {
     return status != MF_OK ? status : good ? MF_OK : MF_CORRUPT;
 }
 
+/* Copies an inline value; returns its mf_value_sum. */
+static uint64_t copy_value(void *into, const void *from, size_t length, const void *meta, size_t meta_len) {
+    if (!meta_len)
+        return mf_hash_copy(into, from, length);
+    memcpy(into, from, length);
+    return mf_value_sum(meta, meta_len, into, length);
+}
+
 static bool copy_out(struct mf_op *op, uint8_t *into, void *meta) {
     if (meta)
         memcpy(meta, op->meta, op->meta_len);
     if (op->chunks == 0) {
-        memcpy(into, op->piece[0].iov_base, op->value_len);
-        return op->checksum == mf_value_sum(op->meta, op->meta_len, into, op->value_len);
+        return op->checksum == copy_value(into, op->piece[0].iov_base, op->value_len, op->meta, op->meta_len);
     }
     uint32_t segment = 0;
     for (uint32_t i = 0; i < op->pieces; i++) {
         const uint8_t *from = op->piece[i].iov_base;
         for (size_t left = op->piece[i].iov_len; left;) {
             size_t count = left < MF_SEGMENT ? left : MF_SEGMENT;
-            memcpy(into, from, count);
-            if (op->sums[segment++] != mf_hash(into, count, 0)) /* while it is in the cache */
+            if (op->sums[segment++] != mf_hash_copy(into, from, count))
                 return false;
             into += count;
             from += count;
@@ -361,8 +367,7 @@ int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
 
 static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
     if (op->chunks == 0) {
-        op->checksum = mf_value_sum(meta, op->meta_len, value, op->value_len);
-        memcpy(op->piece[0].iov_base, value, op->value_len);
+        op->checksum = copy_value(op->piece[0].iov_base, value, op->value_len, meta, op->meta_len);
         return;
     }
     uint32_t segment = 0;
@@ -370,8 +375,7 @@ static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
         uint8_t *to = op->piece[i].iov_base;
         for (size_t left = op->piece[i].iov_len; left;) {
             size_t count = left < MF_SEGMENT ? left : MF_SEGMENT;
-            op->sums[segment++] = mf_hash(value, count, 0); /* brings it into the cache for the copy */
-            memcpy(to, value, count);
+            op->sums[segment++] = mf_hash_copy(to, value, count);
             to += count;
             value += count;
             left -= count;
