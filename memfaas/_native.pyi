@@ -119,6 +119,8 @@ class TcpLink(Link):
 class StoreCore:
     """The hot path of a store. `memfaas.client.store.Store` extends it and supplies the rare paths."""
 
+    part_size: Final[int]
+
     def __init__(self, shard_ids: list[bytes], part_size: int, plain: bool) -> None:
         """`shard_ids`: 16 bytes for each shard (a key goes to the shard with the highest
         hash(key, id)). `plain`: values are stored as they are (no compression)."""
