@@ -13,13 +13,13 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 import os
-import secrets
 
 from memfaas.errors import (
     DeadlineExceeded,
     KeyAbsent,
     ProtocolError,
     StoreFull,
+    TransportError,
     UsageError,
     ValueCorrupt,
     ValueTooLarge,
@@ -48,10 +48,6 @@ cdef extern from "memfaas.h" nogil:
         mf_control *control
         size_t populated
         uint32_t generation
-    struct mf_op:
-        uint8_t space, flags
-        uint64_t value_len
-        uint32_t meta_len
     struct mf_replaced:
         uint32_t length
         uint8_t manifest[64]
@@ -69,60 +65,78 @@ cdef extern from "memfaas.h" nogil:
     void mf_set_state(mf_memory *memory, uint32_t state)
     uint32_t mf_fork_generation()
     int64_t mf_now()
-    void mf_op_begin(mf_op *op, mf_memory *memory, int64_t timeout_ns)
-    void mf_op_end(mf_op *op)
-    int mf_get(mf_op *op, const void *key, uint32_t key_len)
-    int mf_get_copy(mf_op *op, void *into, void *meta)
-    int mf_put(mf_op *op, const void *key, uint32_t key_len, const void *meta, uint32_t meta_len,
-               const void *value, uint64_t value_len, uint8_t flags, uint64_t writer, mf_replaced *replaced)
-    int mf_delete(mf_op *op, const void *key, uint32_t key_len, mf_replaced *replaced)
-    int mf_scan(mf_op *op, uint64_t *cursor, uint8_t *out, size_t room, size_t *length)
     int mf_stats_of "mf_stats"(mf_memory *memory, mf_stats_t *out)
-    int mf_region_read(mf_op *op, uint64_t offset, void *into, uint64_t length)
-    int mf_region_write(mf_op *op, uint64_t offset, const void *data, uint64_t length)
-    int mf_region_swap(mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before)
-    int mf_region_add(mf_op *op, uint64_t offset, uint64_t amount, uint64_t *before)
     int mf_reap(mf_memory *memory, uint32_t participant, int64_t deadline)
 
 cdef extern from "wire.h" nogil:
     enum:
-        MF_GET, MF_PUT, MF_DELETE, MF_SCAN, MF_STATS, MF_READ, MF_WRITE, MF_SWAP, MF_ADD
-        MF_HEAD_ONLY, MF_WINDOW, MF_WINDOW_COUNT, MF_GROUP
+        MF_GET, MF_PUT, MF_READ, MF_WRITE, MF_SWAP, MF_ADD
+        MF_WINDOW, MF_WINDOW_COUNT, MF_GROUP
     struct mf_request:
         uint8_t verb, flags, space
         uint32_t key_len, meta_len
         uint64_t value_len, a, b, c
     struct mf_reply:
-        uint8_t status, flags
+        uint8_t flags
         uint32_t meta_len
-        uint64_t value_len, a
+        uint64_t value_len
     struct mf_stream:
-        pass
+        int error
     struct mf_pull:
         mf_reply reply
-        uint8_t meta[1024]
+    struct mf_change:
+        uint64_t id
     struct mf_pool:
         pass
     struct mf_server:
         pass
-    bint mf_stream_read(mf_stream *stream, void *into, size_t length)
+    struct mf_link:
+        bint mapped, closed
+        int64_t timeout
+        mf_memory memory
+        mf_pool *pool
+    struct mf_got:
+        uint64_t value_len
+        uint32_t meta_len
+        uint8_t flags
+    struct mf_putting:
+        uint8_t space, flags
+        const void *key
+        const void *meta
+        const void *value
+        uint32_t key_len, meta_len
+        uint64_t value_len
+        mf_change change
+        mf_replaced replaced
+
     mf_server *mf_server_new(mf_memory *memory)
     int mf_server_serve(mf_server *server, int fd)
     int mf_server_connections(mf_server *server)
     bint mf_server_stop(mf_server *server, int64_t timeout_ns)
     void mf_server_free(mf_server *server)
+
     mf_pool *mf_pool_new(int64_t timeout_ns)
     int mf_pool_add(mf_pool *pool, int fd)
-    mf_stream *mf_pool_take(mf_pool *pool)
     void mf_pool_give(mf_pool *pool, mf_stream *stream)
     void mf_pool_close(mf_pool *pool)
     void mf_pool_free(mf_pool *pool)
-    uint32_t mf_pool_generation(mf_pool *pool)
+    void mf_number(mf_stream *stream, mf_request *request, mf_change *change)
     int mf_ask(mf_stream *stream, const mf_request *request, const void *key, const void *meta, const void *value)
     int mf_pull_reply(mf_stream *stream, mf_pull *pull)
     int mf_pull_value(mf_stream *stream, mf_pull *pull, void *into)
-    int mf_pull_bytes(mf_stream *stream, void *into, size_t length)
     int mf_pull_replaced(mf_stream *stream, mf_pull *pull, mf_replaced *replaced)
+
+    int mf_link_get(mf_link *link, bint patient, uint8_t space, const void *key, uint32_t key_len, mf_got *got)
+    int mf_link_take(mf_link *link, mf_got *got, void *into, void *meta)
+    void mf_link_leave(mf_link *link, mf_got *got)
+    int mf_link_has(mf_link *link, const void *key, uint32_t key_len)
+    int mf_link_put(mf_link *link, bint patient, mf_putting *put)
+    int mf_link_delete(mf_link *link, mf_putting *put)
+    int mf_link_scan(mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length)
+    int mf_link_stats(mf_link *link, mf_stats_t *out)
+    int mf_link_region(mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
+                       uint64_t c, uint64_t *before)
+    mf_stream *mf_link_stream(mf_link *link)
 
 
 MAX_KEY = MF_MAX_KEY
@@ -336,107 +350,61 @@ cdef class Server:
 
 
 cdef class Link:
-    cdef mf_memory memory  # shm
-    cdef mf_pool *pool     # tcp
-    cdef bint mapped, closed
-    cdef int64_t timeout_ns
+    cdef mf_link link
     cdef object __weakref__
-
-    cdef int usable(self) noexcept nogil:
-        """MF_OK, or why not."""
-        if self.closed:
-            return MF_NEED_CONNECTION
-        if (self.memory.generation if self.mapped else mf_pool_generation(self.pool)) != mf_fork_generation():
-            return MF_STALE
-        return MF_OK
 
     def close(self):
         # What other threads are doing right now goes on; the mapping goes with the last reference.
-        self.closed = True
-        if self.pool is not NULL:
-            mf_pool_close(self.pool)
+        self.link.closed = True
+        if self.link.pool is not NULL:
+            mf_pool_close(self.link.pool)
 
     def stats(self):
         cdef mf_stats_t stats
-        cdef mf_request request
-        cdef mf_stream *stream
-        cdef mf_pull pull
-        cdef int status = self.usable()
-        if status == MF_OK and self.mapped:
-            with nogil:
-                status = mf_stats_of(&self.memory, &stats)
-        elif status == MF_OK:
-            stream = mf_pool_take(self.pool)
-            if stream is NULL:
-                status = MF_NEED_CONNECTION
-            else:
-                clear(&request, MF_STATS, 0)
-                with nogil:
-                    status = mf_ask(stream, &request, NULL, NULL, NULL)
-                    if status == MF_OK:
-                        status = mf_pull_reply(stream, &pull)
-                    if status == MF_OK:
-                        status = mf_pull_bytes(stream, &stats, sizeof(stats))
-                    mf_pool_give(self.pool, stream)
+        cdef int status
+        with nogil:
+            status = mf_link_stats(&self.link, &stats)
         if status != MF_OK:
             raise LinkDown(status)
         return stats
 
     def __dealloc__(self):
-        if self.pool is not NULL:
-            mf_pool_free(self.pool)
-        if self.mapped:
-            mf_unmap(&self.memory)
+        if self.link.pool is not NULL:
+            mf_pool_free(self.link.pool)
+        if self.link.mapped:
+            mf_unmap(&self.link.memory)
 
 
 class LinkDown(Exception):
-    """A link can't serve right now; `args[0]` is the reason, as in `_repair`."""
+    """A link can't serve right now; `args[0]` is the reason, as in `StoreCore._repair`."""
 
 
 cdef class ShmLink(Link):
     fabric = "shm"
 
     def __init__(self, int data_fd, int control_fd, uint32_t participant, double timeout_s):
-        cdef int error = mf_map(&self.memory, data_fd, control_fd, participant)
+        cdef int error = mf_map(&self.link.memory, data_fd, control_fd, participant)
         if error == EINVAL:
             raise ProtocolError("what the memory function sent is not a memory of this version of memfaas")
         if error:
             raise OSError(error, os.strerror(error))
-        self.mapped = True
-        self.timeout_ns = <int64_t>(timeout_s * 1e9)
+        self.link.mapped = True
+        self.link.timeout = <int64_t>(timeout_s * 1e9)
 
 
 cdef class TcpLink(Link):
     fabric = "tcp"
 
     def __init__(self, double timeout_s):
-        self.timeout_ns = <int64_t>(timeout_s * 1e9)
-        self.pool = mf_pool_new(self.timeout_ns)
-        if self.pool is NULL:
+        self.link.timeout = <int64_t>(timeout_s * 1e9)
+        self.link.pool = mf_pool_new(self.link.timeout)
+        if self.link.pool is NULL:
             raise MemoryError
 
     def add(self, int fd):
-        if mf_pool_add(self.pool, fd):
+        if mf_pool_add(self.link.pool, fd):
             os.close(fd)
             raise MemoryError
-
-
-cdef void note(found_t *found, mf_pull *pull) noexcept nogil:
-    found.flags = pull.reply.flags
-    found.meta_len = pull.reply.meta_len
-    memcpy(found.meta, pull.meta, pull.reply.meta_len)
-
-
-cdef bytes meta_of(found_t *found):
-    return PyBytes_FromStringAndSize(found.meta, found.meta_len)
-
-
-cdef void clear(mf_request *request, uint8_t verb, uint8_t space) noexcept nogil:
-    request.verb = verb
-    request.flags = 0
-    request.space = space
-    request.key_len = request.meta_len = 0
-    request.value_len = request.a = request.b = request.c = 0
 
 
 # --- a store ------------------------------------------------------------------------------------------
@@ -468,7 +436,6 @@ cdef class StoreCore:
     cdef list ids  # 64-bit, from the shards' identities
     cdef readonly uint64_t part_size
     cdef bint plain
-    cdef uint64_t writer  # of the next put: random start, so that no two clients share one
 
     def __init__(self, list shard_ids, uint64_t part_size, bint plain):
         if not shard_ids:
@@ -477,7 +444,6 @@ cdef class StoreCore:
         self.ids = [mf_hash(PyBytes_AS_STRING(i), 16, 0) for i in shard_ids]
         self.part_size = part_size
         self.plain = plain
-        self.writer = int.from_bytes(secrets.token_bytes(8), "little")
 
     def _set_link(self, Py_ssize_t shard, Link link):
         if not 0 <= shard < len(self.links):
@@ -545,10 +511,7 @@ cdef class StoreCore:
 
     cdef bytes fetch(self, object key, const char *k, Py_ssize_t n, int space, found_t *found):
         """The value as it is stored, or None."""
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
+        cdef mf_got got
         cdef Link link
         cdef bytes value
         cdef char *into
@@ -556,71 +519,31 @@ cdef class StoreCore:
         cdef int status, attempt = 0
         while True:
             link = <Link>self.links[shard]
-            value = None
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.closed:
-                status = MF_NEED_CONNECTION
-            elif link.mapped:
-                mf_op_begin(&op, &link.memory, 0)
-                op.space = space
-                status = mf_get(&op, k, n)
+            status = MF_NEED_CONNECTION
+            if link is not None:
+                status = mf_link_get(&link.link, False, space, k, n, &got)
                 if status == MF_WAIT:
                     with nogil:
-                        mf_op_begin(&op, &link.memory, link.timeout_ns)
-                        op.space = space
-                        status = mf_get(&op, k, n)
-                if status == MF_OK:
-                    try:
-                        value = PyBytes_FromStringAndSize(NULL, op.value_len)
-                        into = PyBytes_AS_STRING(value)
-                        if op.value_len > KEEP_GIL:
-                            with nogil:
-                                status = mf_get_copy(&op, into, found.meta)
-                        else:
-                            status = mf_get_copy(&op, into, found.meta)
-                        found.meta_len = op.meta_len
-                        found.flags = op.flags
-                    finally:
-                        mf_op_end(&op)
-                else:
-                    mf_op_end(&op)
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_GET, space)
-                        request.key_len = n
-                        status = mf_ask(stream, &request, k, NULL, NULL)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
+                        status = mf_link_get(&link.link, True, space, k, n, &got)
+                try:
                     if status == MF_OK:
-                        try:
-                            value = self.pull_value(link, stream, &pull, &status)
-                        finally:
-                            if value is None:
-                                abandon(stream)
-                            mf_pool_give(link.pool, stream)
-                        note(found, &pull)
-                    else:
-                        mf_pool_give(link.pool, stream)
-            if status == MF_OK:
-                return value
+                        value = PyBytes_FromStringAndSize(NULL, got.value_len)
+                        into = PyBytes_AS_STRING(value)
+                        found.flags = got.flags
+                        found.meta_len = got.meta_len
+                        if got.value_len <= KEEP_GIL and link.link.mapped:
+                            status = mf_link_take(&link.link, &got, into, found.meta)
+                        else:
+                            with nogil:
+                                status = mf_link_take(&link.link, &got, into, found.meta)
+                        if status == MF_OK:
+                            return value
+                finally:
+                    mf_link_leave(&link.link, &got)
             if status == MF_ABSENT:
                 return None
             attempt += 1
             self.mend(shard, status, attempt, key)
-
-    cdef bytes pull_value(self, Link link, mf_stream *stream, mf_pull *pull, int *status):
-        cdef bytes value = PyBytes_FromStringAndSize(NULL, pull.reply.value_len)
-        cdef char *into = PyBytes_AS_STRING(value)
-        with nogil:
-            status[0] = mf_pull_value(stream, pull, into)
-        return value
 
     def get(self, key):
         cdef const char *k
@@ -642,57 +565,26 @@ cdef class StoreCore:
     cdef Py_ssize_t fetch_into(self, object key, const char *k, Py_ssize_t n, int space, Py_buffer *view,
                                int refuse, found_t *found) except -2:
         """Length, or -1: absent. A value with one of the flags in `refuse` is not read."""
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
+        cdef mf_got got
         cdef Link link
         cdef Py_ssize_t length = 0, shard = self.pick(k, n, space)
         cdef int status, attempt = 0
         while True:
             link = <Link>self.links[shard]
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            elif link.mapped:
+            status = MF_NEED_CONNECTION
+            if link is not None:
                 with nogil:
-                    mf_op_begin(&op, &link.memory, link.timeout_ns)
-                    op.space = space
-                    status = mf_get(&op, k, n)
+                    status = mf_link_get(&link.link, True, space, k, n, &got)
                     if status == MF_OK:
-                        length = op.value_len
-                        found.flags = op.flags
-                        found.meta_len = op.meta_len
-                        if op.flags & refuse:
-                            pass
-                        elif length > view.len:
-                            status = MF_SMALL_BUFFER
-                        else:
-                            status = mf_get_copy(&op, view.buf, found.meta)
-                    mf_op_end(&op)
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_GET, space)
-                        request.key_len = n
-                        status = mf_ask(stream, &request, k, NULL, NULL)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        if status == MF_OK:
-                            length = pull.reply.value_len
-                            note(found, &pull)
-                            if pull.reply.flags & refuse:
-                                abandon(stream)  # the value is still in it
-                            elif length > view.len:
+                        length = got.value_len
+                        found.flags = got.flags
+                        found.meta_len = got.meta_len
+                        if not got.flags & refuse:
+                            if length > view.len:
                                 status = MF_SMALL_BUFFER
-                                abandon(stream)
                             else:
-                                status = mf_pull_value(stream, &pull, view.buf)
-                        mf_pool_give(link.pool, stream)
+                                status = mf_link_take(&link.link, &got, view.buf, found.meta)
+                    mf_link_leave(&link.link, &got)
             if status == MF_OK:
                 return length
             if status == MF_ABSENT:
@@ -733,38 +625,16 @@ cdef class StoreCore:
     def __contains__(self, key):
         cdef const char *k
         cdef Py_ssize_t n, shard
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
         cdef Link link
         cdef int status, attempt = 0
         key_bytes(key, &k, &n)
         shard = self.pick(k, n, 0)
         while True:
             link = <Link>self.links[shard]
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            elif link.mapped:
+            status = MF_NEED_CONNECTION
+            if link is not None:
                 with nogil:
-                    mf_op_begin(&op, &link.memory, link.timeout_ns)
-                    status = mf_get(&op, k, n)
-                    mf_op_end(&op)
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_GET, 0)
-                        request.flags = MF_HEAD_ONLY
-                        request.key_len = n
-                        status = mf_ask(stream, &request, k, NULL, NULL)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        mf_pool_give(link.pool, stream)
+                    status = mf_link_has(&link.link, k, n)
             if status == MF_OK or status == MF_ABSENT:
                 return status == MF_OK
             attempt += 1
@@ -772,70 +642,34 @@ cdef class StoreCore:
 
     # --- put and delete
 
-    cdef bytes save(self, object key, const char *k, Py_ssize_t n, int space, const void *value, Py_ssize_t length,
-                    const char *meta, Py_ssize_t meta_len, int flags):
-        cdef mf_op op
-        cdef mf_replaced replaced
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
+    cdef bint change(self, object key, mf_putting *put, bint delete) except -1:
+        """Whether something was there (delete), in any case what manifest it was (put.replaced)."""
         cdef Link link
-        cdef Py_ssize_t shard = self.pick(k, n, space)
+        cdef Py_ssize_t shard = self.pick(<const char *>put.key, put.key_len, put.space)
         cdef int status, attempt = 0
-        cdef uint64_t writer
-        self.writer += 1
-        writer = self.writer
-        replaced.length = 0
         while True:
             link = <Link>self.links[shard]
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.closed:
-                status = MF_NEED_CONNECTION
-            elif link.mapped:
+            status = MF_NEED_CONNECTION
+            if link is not None:
                 status = MF_WAIT
-                if length <= KEEP_GIL:
-                    mf_op_begin(&op, &link.memory, 0)
-                    op.space = space
-                    status = mf_put(&op, k, n, meta, meta_len, value, length, flags, writer, &replaced)
-                    mf_op_end(&op)
+                if not delete and put.value_len <= KEEP_GIL:
+                    status = mf_link_put(&link.link, False, put)
                 if status == MF_WAIT or status == MF_FULL:
                     with nogil:
-                        mf_op_begin(&op, &link.memory, link.timeout_ns)
-                        op.space = space
-                        status = mf_put(&op, k, n, meta, meta_len, value, length, flags, writer, &replaced)
-                        mf_op_end(&op)
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_PUT, space)
-                        request.flags = flags
-                        request.key_len = n
-                        request.meta_len = meta_len
-                        request.value_len = length
-                        request.a = writer
-                        status = mf_ask(stream, &request, k, meta, value)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        if status == MF_OK:
-                            status = mf_pull_replaced(stream, &pull, &replaced)
-                        mf_pool_give(link.pool, stream)
-            if status == MF_OK:
-                break
+                        if delete:
+                            status = mf_link_delete(&link.link, put)
+                        else:
+                            status = mf_link_put(&link.link, True, put)
+            if status == MF_OK or status == MF_ABSENT:
+                return status == MF_OK
             attempt += 1
             self.mend(shard, status, attempt, key)
-        return manifest_of(&replaced) if replaced.length else None
 
     def put(self, key, value):
         cdef const char *k
         cdef Py_ssize_t n
         cdef Py_buffer view
-        cdef bytes replaced
+        cdef mf_putting put
         key_bytes(key, &k, &n)
         if not self.plain or not (type(value) is bytes or type(value) is bytearray):
             self._put_rare(PyBytes_FromStringAndSize(k, n), value)
@@ -843,9 +677,10 @@ cdef class StoreCore:
         PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
         try:
             if view.len <= <Py_ssize_t>self.part_size:
-                replaced = self.save(key, k, n, 0, view.buf, view.len, NULL, 0, 0)
-                if replaced is not None:
-                    self._forget(replaced)
+                putting(&put, k, n, 0, &view)
+                self.change(key, &put, False)
+                if put.replaced.length:
+                    self._forget(manifest_of(&put.replaced))
                 return
         except StoreFull:
             pass  # the rare path makes room, if it can
@@ -855,85 +690,46 @@ cdef class StoreCore:
 
     def _save(self, bytes key, int space, value, bytes meta, int flags):
         cdef Py_buffer view
+        cdef mf_putting put
         if PyBytes_GET_SIZE(meta) > MF_MAX_META:
             raise ValueTooLarge(f"key {shown(key)}: its description has {len(meta)} bytes, at most {MF_MAX_META} fit")
         PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
         try:
-            return self.save(key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, view.buf, view.len,
-                             PyBytes_AS_STRING(meta), PyBytes_GET_SIZE(meta), flags)
+            putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, &view)
+            put.meta = PyBytes_AS_STRING(meta)
+            put.meta_len = PyBytes_GET_SIZE(meta)
+            put.flags = flags
+            self.change(key, &put, False)
         finally:
             PyBuffer_Release(&view)
-
-    cdef bint remove(self, object key, const char *k, Py_ssize_t n, int space, mf_replaced *replaced) except -1:
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
-        cdef Link link
-        cdef Py_ssize_t shard = self.pick(k, n, space)
-        cdef int status, attempt = 0
-        replaced.length = 0
-        while True:
-            link = <Link>self.links[shard]
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            elif link.mapped:
-                with nogil:
-                    mf_op_begin(&op, &link.memory, link.timeout_ns)
-                    op.space = space
-                    status = mf_delete(&op, k, n, replaced)
-                    mf_op_end(&op)
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_DELETE, space)
-                        request.key_len = n
-                        status = mf_ask(stream, &request, k, NULL, NULL)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        if status == MF_OK:
-                            status = mf_pull_replaced(stream, &pull, replaced)
-                        mf_pool_give(link.pool, stream)
-            if status == MF_OK or status == MF_ABSENT:
-                break
-            attempt += 1
-            self.mend(shard, status, attempt, key)
-        return status == MF_OK
+        return manifest_of(&put.replaced) if put.replaced.length else None
 
     def delete(self, key):
         cdef const char *k
         cdef Py_ssize_t n
-        cdef mf_replaced replaced
+        cdef mf_putting put
         key_bytes(key, &k, &n)
-        there = self.remove(key, k, n, 0, &replaced)
-        if replaced.length:
-            self._forget(manifest_of(&replaced))
+        putting(&put, k, n, 0, NULL)
+        there = self.change(key, &put, True)
+        if put.replaced.length:
+            self._forget(manifest_of(&put.replaced))
         return there
 
     def _remove(self, bytes key, int space):
-        cdef mf_replaced replaced
-        there = self.remove(key, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, &replaced)
-        return there, manifest_of(&replaced) if replaced.length else None
+        cdef mf_putting put
+        putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, NULL)
+        there = self.change(key, &put, True)
+        return there, manifest_of(&put.replaced) if put.replaced.length else None
 
     # --- many
 
     def get_many(self, keys):
-        cdef list wanted = list(keys)
-        cdef list values = [None] * len(wanted)
-        cdef Py_ssize_t i
+        cdef list wanted = list(keys), values = [None] * len(wanted)
         cdef dict by_shard = {}
-        cdef const char *k
-        cdef Py_ssize_t n
+        cdef Py_ssize_t i, shard
         for i in range(len(wanted)):
-            key_bytes(wanted[i], &k, &n)
-            shard = self.pick(k, n, 0)
-            link = self.links[shard]
-            if link is None or (<Link>link).mapped:
+            shard = self.shard_with_tcp(wanted[i])
+            if shard < 0:
                 values[i] = self.get_or_none(wanted[i])
             else:
                 by_shard.setdefault(shard, []).append(i)
@@ -941,209 +737,197 @@ cdef class StoreCore:
             self.pipeline_gets(shard, indices, wanted, values)
         return values
 
-    cdef object get_or_none(self, object key):
+    cdef Py_ssize_t shard_with_tcp(self, object key) except -2:
+        """Where requests for it can be sent one behind the other; -1: nothing to gain."""
         cdef const char *k
-        cdef Py_ssize_t n
-        cdef found_t found
+        cdef Py_ssize_t n, shard
         key_bytes(key, &k, &n)
-        value = self.fetch(key, k, n, 0, &found)
-        if value is not None and found.flags & RARE:
-            return self._unpack(PyBytes_FromStringAndSize(k, n), value, meta_of(&found), found.flags)
-        return value
+        shard = self.pick(k, n, 0)
+        link = <Link>self.links[shard]
+        return -1 if link is None or link.link.mapped else shard
+
+    cdef object get_or_none(self, object key):
+        try:
+            return self.get(key)
+        except KeyAbsent:
+            return None
+
+    cdef mf_stream *stream_of(self, Link link) noexcept:
+        return NULL if link is None else mf_link_stream(&link.link)
 
     cdef int pipeline_gets(self, Py_ssize_t shard, list indices, list keys, list values) except -1:
-        """One window of requests after the other; what a broken link leaves is asked for singly."""
+        """One window of requests after the other; what does not go smoothly is asked for singly."""
         cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
-        cdef Link link
-        cdef const char *k
-        cdef Py_ssize_t n, first = 0, end, i, window
-        cdef int status
-        cdef bytes value
-        while first < len(indices):
-            link = <Link>self.links[shard]
-            stream = NULL
-            if link is not None and link.usable() == MF_OK and not link.mapped:
-                stream = mf_pool_take(link.pool)
-            if stream is NULL:
-                values[<Py_ssize_t>indices[first]] = self.get_or_none(keys[<Py_ssize_t>indices[first]])
-                first += 1
-                continue
-            try:
-                end = first
-                window = 0
-                status = MF_OK
-                while status == MF_OK and end < len(indices) and end - first < MF_WINDOW_COUNT:
-                    key_bytes(keys[<Py_ssize_t>indices[end]], &k, &n)
-                    window += sizeof(request) + n
-                    if window > MF_WINDOW and end > first:
-                        break
-                    clear(&request, MF_GET, 0)
-                    request.key_len = n
-                    status = mf_ask(stream, &request, k, NULL, NULL)
-                    end += 1
-                while first < end and status == MF_OK:
-                    with nogil:
-                        status = mf_pull_reply(stream, &pull)
-                    i = indices[first]
-                    if status == MF_OK:
-                        value = None
-                        value = self.pull_value(link, stream, &pull, &status)
-                        if status == MF_OK and pull.reply.flags & RARE:
-                            # Unpacking may need this shard: later, when the stream is ours no more.
-                            break
-                        if status == MF_OK:
-                            values[i] = value
-                    elif status == MF_ABSENT:
-                        status = MF_OK
-                    if status == MF_OK:
-                        first += 1
-            except BaseException:
-                abandon(stream)
-                raise
-            finally:
-                if first < end:
-                    abandon(stream)
-                mf_pool_give(link.pool, stream)
-            if first < end:
-                values[<Py_ssize_t>indices[first]] = self.get_or_none(keys[<Py_ssize_t>indices[first]])
-                first += 1
-
-    def put_many(self, items):
-        cdef list pairs = list(items.items()) if hasattr(items, "items") else list(items)
-        cdef dict by_shard = {}
-        cdef const char *k
-        cdef Py_ssize_t n
-        for key, value in pairs:
-            key_bytes(key, &k, &n)
-            shard = self.pick(k, n, 0)
-            link = self.links[shard]
-            if (
-                link is None or (<Link>link).mapped or not self.plain or type(value) is not bytes
-                or len(value) > MF_WINDOW
-            ):
-                # Nothing to gain, or not small. What came before for the same shard goes first: a key
-                # that stands twice keeps its last value.
-                if shard in by_shard:
-                    self.pipeline_puts(shard, by_shard.pop(shard))
-                self.put(key, value)
-            else:
-                by_shard.setdefault(shard, []).append((key, value))
-        for shard, some in by_shard.items():
-            self.pipeline_puts(shard, some)
-
-    cdef int pipeline_puts(self, Py_ssize_t shard, list pairs) except -1:
-        cdef mf_request request
-        cdef mf_replaced replaced
         cdef mf_pull pull
         cdef mf_stream *stream
         cdef Link link
         cdef const char *k
         cdef Py_ssize_t n, first = 0, end, window
         cdef int status
-        cdef list manifests = []
-        while first < len(pairs):
+        cdef bytes value
+        cdef char *into
+        while first < len(indices):
             link = <Link>self.links[shard]
-            stream = NULL
-            if link is not None and link.usable() == MF_OK and not link.mapped:
-                stream = mf_pool_take(link.pool)
-            if stream is NULL:
-                key, value = pairs[first]
-                self.put(key, value)
-                first += 1
-                continue
-            try:
+            stream = self.stream_of(link)
+            if stream is not NULL:
                 end = first
                 window = 0
                 status = MF_OK
-                while status == MF_OK and end < len(pairs) and end - first < MF_WINDOW_COUNT:
-                    key, value = pairs[end]
-                    key_bytes(key, &k, &n)
-                    window += sizeof(request) + n + len(value)
-                    if window > MF_WINDOW and end > first:
-                        break
-                    clear(&request, MF_PUT, 0)
-                    self.writer += 1
-                    request.a = self.writer
-                    request.key_len = n
-                    request.value_len = len(value)
-                    status = mf_ask(stream, &request, k, NULL, PyBytes_AS_STRING(value))
-                    end += 1
-                while first < end and status == MF_OK:
-                    with nogil:
-                        status = mf_pull_reply(stream, &pull)
+                try:
+                    while status == MF_OK and end < len(indices) and end - first < 2 * MF_WINDOW_COUNT:
+                        key_bytes(keys[<Py_ssize_t>indices[end]], &k, &n)
+                        window += sizeof(request) + n
+                        if window > MF_WINDOW and end > first:
+                            break
+                        clear(&request, MF_GET, n)
+                        status = mf_ask(stream, &request, k, NULL, NULL)
+                        end += 1
+                    while first < end and status == MF_OK:
+                        with nogil:
+                            status = mf_pull_reply(stream, &pull)
                         if status == MF_OK:
-                            status = mf_pull_replaced(stream, &pull, &replaced)
-                    if status == MF_OK:
-                        first += 1
-                        if replaced.length:
-                            manifests.append(manifest_of(&replaced))
-            except BaseException:
-                abandon(stream)
-                raise
-            finally:
-                if first < end:
-                    abandon(stream)
-                mf_pool_give(link.pool, stream)
-            for manifest in manifests:
-                self._forget(manifest)
-            manifests.clear()
-            if first < end:
+                            value = PyBytes_FromStringAndSize(NULL, pull.reply.value_len)
+                            into = PyBytes_AS_STRING(value)
+                            with nogil:
+                                status = mf_pull_value(stream, &pull, into)
+                            if status == MF_OK and pull.reply.flags & RARE:
+                                break  # unpacking may need this very stream
+                            values[<Py_ssize_t>indices[first]] = value
+                        elif status == MF_ABSENT:
+                            status = MF_OK
+                        first += status == MF_OK
+                finally:
+                    if first < end:
+                        stream.error = -1  # replies are still in it
+                    mf_pool_give(link.link.pool, stream)
+                if first == end:
+                    continue
+            values[<Py_ssize_t>indices[first]] = self.get_or_none(keys[<Py_ssize_t>indices[first]])
+            first += 1
+
+    def put_many(self, items):
+        cdef list pairs = list(items.items()) if hasattr(items, "items") else list(items)
+        cdef dict by_shard = {}
+        cdef Py_ssize_t shard
+        for key, value in pairs:
+            shard = self.shard_with_tcp(key) if self.plain and type(value) is bytes else -1
+            if shard >= 0 and PyBytes_GET_SIZE(value) < MF_WINDOW:
+                by_shard.setdefault(shard, {})[key] = value  # a key that stands twice keeps its last value
+                continue
+            for some in by_shard.values():
+                some.pop(key, None)
+            self.put(key, value)
+        for shard, some in by_shard.items():
+            self.pipeline_puts(shard, list(some.items()))
+
+    cdef int pipeline_puts(self, Py_ssize_t shard, list pairs) except -1:
+        """As pipeline_gets. A broken connection leaves changes that may have taken effect: `changes`."""
+        cdef mf_request request
+        cdef mf_pull pull
+        cdef mf_putting put
+        cdef mf_change changes[32]
+        cdef Py_buffer view
+        cdef mf_stream *stream
+        cdef Link link
+        cdef const char *k
+        cdef Py_ssize_t n, first = 0, start, end, window
+        cdef int status
+        cdef list manifests = []
+        while first < len(pairs):
+            link = <Link>self.links[shard]
+            stream = self.stream_of(link)
+            start = end = first
+            if stream is not NULL:
+                window = 0
+                status = MF_OK
+                try:
+                    while status == MF_OK and end < len(pairs) and end - start < MF_WINDOW_COUNT:
+                        key, value = pairs[end]
+                        key_bytes(key, &k, &n)
+                        window += sizeof(request) + n + PyBytes_GET_SIZE(value)
+                        if window > MF_WINDOW and end > start:
+                            break
+                        clear(&request, MF_PUT, n)
+                        request.value_len = PyBytes_GET_SIZE(value)
+                        mf_number(stream, &request, &changes[end - start])
+                        status = mf_ask(stream, &request, k, NULL, PyBytes_AS_STRING(value))
+                        end += 1
+                    while first < end and status == MF_OK:
+                        with nogil:
+                            status = mf_pull_reply(stream, &pull)
+                            if status == MF_OK:
+                                status = mf_pull_replaced(stream, &pull, &put.replaced)
+                        if status == MF_OK:
+                            first += 1
+                            if put.replaced.length:
+                                manifests.append(manifest_of(&put.replaced))
+                finally:
+                    if first < end:
+                        stream.error = -1  # replies are still in it
+                    mf_pool_give(link.link.pool, stream)
+            while manifests:
+                self._forget(manifests.pop())
+            # Singly, in their order: those of this window that have no answer, or one if no stream was free.
+            while first < end or (first == start and first < len(pairs)):
                 key, value = pairs[first]
-                self.put(key, value)  # raises what the matter is, or mends the link
+                key_bytes(key, &k, &n)
+                PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
+                try:
+                    putting(&put, k, n, 0, &view)
+                    if first < end:
+                        put.change = changes[first - start]
+                    self.change(key, &put, False)
+                finally:
+                    PyBuffer_Release(&view)
+                if put.replaced.length:
+                    self._forget(manifest_of(&put.replaced))
                 first += 1
 
     def _scan(self, Py_ssize_t shard, uint64_t cursor, int space):
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
         cdef Link link
         cdef size_t room = MF_GROUP * (16 + MF_MAX_KEY), length = 0
         cdef bytes out = PyBytes_FromStringAndSize(NULL, room)
         cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(out)
-        cdef uint64_t next_ = cursor
+        cdef uint64_t next_
         cdef int status, attempt = 0
         if not 0 <= shard < len(self.links):
             raise IndexError(shard)
         while True:
             link = <Link>self.links[shard]
             next_ = cursor
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            elif link.mapped:
+            status = MF_NEED_CONNECTION
+            if link is not None:
                 with nogil:
-                    mf_op_begin(&op, &link.memory, link.timeout_ns)
-                    op.space = space
-                    status = mf_scan(&op, &next_, data, room, &length)
-                    mf_op_end(&op)
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, MF_SCAN, space)
-                        request.a = cursor
-                        status = mf_ask(stream, &request, NULL, NULL, NULL)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        if status == MF_OK:
-                            length = pull.reply.value_len
-                            next_ = pull.reply.a
-                            if length > room:
-                                abandon(stream)
-                                status = MF_BAD
-                            else:
-                                status = mf_pull_bytes(stream, data, length)
-                        mf_pool_give(link.pool, stream)
+                    status = mf_link_scan(&link.link, space, &next_, data, room, &length)
             if status == MF_OK:
                 return next_, records(data, length)
             attempt += 1
             self.mend(shard, status, attempt, b"")
+
+
+cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_buffer *view) noexcept nogil:
+    put.space = space
+    put.flags = 0
+    put.key = k
+    put.key_len = n
+    put.meta = NULL
+    put.meta_len = 0
+    put.value = NULL if view is NULL else view.buf
+    put.value_len = 0 if view is NULL else view.len
+    put.change.id = 0
+    put.replaced.length = 0
+
+
+cdef void clear(mf_request *request, uint8_t verb, uint32_t key_len) noexcept nogil:
+    request.verb = verb
+    request.flags = request.space = 0
+    request.key_len = key_len
+    request.meta_len = 0
+    request.value_len = request.a = request.b = request.c = 0
+
+
+cdef bytes meta_of(found_t *found):
+    return PyBytes_FromStringAndSize(found.meta, found.meta_len)
 
 
 cdef bytes manifest_of(mf_replaced *replaced):
@@ -1163,14 +947,6 @@ cdef list records(const uint8_t *data, size_t length):
         found.append((PyBytes_FromStringAndSize(<char *>data + at + 16, numbers[0]), numbers[1], size))
         at += 16 + numbers[0]
     return found
-
-
-cdef extern from *:
-    """
-    /* Bytes of a reply are still in the stream: it can't be used for another request. */
-    static void mf_abandon(struct mf_stream *stream) { stream->error = -1; }
-    """
-    void abandon "mf_abandon"(mf_stream *stream) noexcept nogil
 
 
 cdef int writable(object buffer, Py_buffer *view) except -1:
@@ -1207,55 +983,24 @@ cdef class RegionCore:
 
     cdef int run(self, int verb, uint64_t offset, char *data, uint64_t length, uint64_t b, uint64_t c,
                  uint64_t *before) except -1:
-        cdef mf_op op
-        cdef mf_request request
-        cdef mf_pull pull
-        cdef mf_stream *stream
         cdef Link link
         cdef int status, attempt = 0
         while True:
             link = <Link>self.link
-            if link is None:
-                status = MF_NEED_CONNECTION
-            elif link.usable() != MF_OK:
-                status = link.usable()
-            elif link.mapped:
+            status = MF_NEED_CONNECTION
+            if link is not None:
                 with nogil:
-                    mf_op_begin(&op, &link.memory, link.timeout_ns)
-                    if verb == MF_READ:
-                        status = mf_region_read(&op, offset, data, length)
-                    elif verb == MF_WRITE:
-                        status = mf_region_write(&op, offset, data, length)
-                    elif verb == MF_SWAP:
-                        status = mf_region_swap(&op, offset, b, c, before)
-                    else:
-                        status = mf_region_add(&op, offset, c, before)
-                    mf_op_end(&op)
-            else:
-                stream = mf_pool_take(link.pool)
-                if stream is NULL:
-                    status = MF_NEED_CONNECTION
-                else:
-                    with nogil:
-                        clear(&request, verb, 0)
-                        request.value_len = length
-                        request.a = offset
-                        request.b = b
-                        request.c = c
-                        status = mf_ask(stream, &request, NULL, NULL, data)
-                        if status == MF_OK:
-                            status = mf_pull_reply(stream, &pull)
-                        if status == MF_OK:
-                            before[0] = pull.reply.a
-                            if verb == MF_READ:
-                                status = mf_pull_bytes(stream, data, length)
-                        mf_pool_give(link.pool, stream)
+                    status = mf_link_region(&link.link, verb, offset, data, length, b, c, before)
             if status == MF_OK:
                 return 0
             if status == MF_TIMEOUT:
                 raise DeadlineExceeded(f"offset {offset}: the memory function did not answer in time")
             if status == MF_BAD:
                 raise ProtocolError(f"offset {offset}: the memory function refused the request")
+            if status == MF_BROKEN and verb >= MF_SWAP:
+                raise TransportError(
+                    f"offset {offset}: the connection broke; the word may or may not have been changed, read it"
+                )
             attempt += 1
             self._repair(0, status, attempt)
 

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include "wire.h"
@@ -108,6 +109,18 @@ static bool send_segments(struct mf_stream *stream, const uint8_t *value, uint64
         length -= now;
     }
     return mf_stream_queue(stream, sums, count * sizeof *sums);
+}
+
+/* Gives the next change on this connection its number; `change` remembers it until the reply comes. */
+void mf_number(struct mf_stream *stream, struct mf_request *request, struct mf_change *change) {
+    while (stream->id == 0 || stream->number == UINT32_MAX) {
+        stream->number = 0;
+        if (getrandom(&stream->id, sizeof stream->id, 0) != sizeof stream->id)
+            stream->id = 0;
+    }
+    change->id = request->a = stream->id;
+    change->number = ++stream->number;
+    request->b = change->number;
 }
 
 /* Queues a request; what is large goes out at once. `c` of an inline PUT is filled in. */

@@ -331,3 +331,9 @@ void mf_span_free_unlinked(struct mf_memory *memory, uint32_t index, const uint6
     span->used = used;
     mf_span_settle(memory, index);
 }
+
+bool mf_in_limbo(struct mf_memory *memory, uint64_t offset) {
+    uint32_t index;
+    unsigned block = mf_span_block(memory, offset, &index);
+    return block != ~0u && atomic_load(&span_at(memory, index)->limbo[block / 64 % MF_SPAN_WORDS]) >> block % 64 & 1;
+}

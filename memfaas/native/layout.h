@@ -30,6 +30,8 @@
 #define MF_STRIPES 256u
 #define MF_PINS 512u
 #define MF_PARTICIPANTS 1024u
+#define MF_WRITERS 4096u
+#define MF_REMEMBERED 32u /* operations of a connection */
 #define MF_SPAN_WORDS (MF_SPAN / MF_MIN_BLOCK / 64u)
 #define MF_CLASSES 40 /* at most; class 0 is "unassigned" */
 #define MF_MAX_KEY 65536u
@@ -74,7 +76,7 @@ struct mf_block {
     uint8_t space;
     uint32_t chunks;
     uint32_t class_;
-    uint64_t writer;     /* which operation wrote it */
+    uint64_t reserved;
     uint64_t header_sum; /* of the 56 bytes before */
 };
 _Static_assert(sizeof(struct mf_block) == 64, "block header");
@@ -101,6 +103,17 @@ struct mf_stripe {
 struct mf_pin {
     _Atomic uint64_t word; /* epoch << 16 | participant + 1; 0 is free */
     _Atomic uint64_t retiring;
+} __attribute__((aligned(64)));
+
+/* What one tcp connection has changed, so that a client whose connection broke can ask whether its last
+ * operations took effect. `done`: the number of the newest one << 32 | a bit for each of the 32 newest.
+ * While `pending` is set, operation `pending` is about to link `block` (or, if `unlinks`, to unlink it). */
+struct mf_writer {
+    _Atomic uint64_t id; /* 0: free */
+    _Atomic uint64_t done;
+    _Atomic uint32_t pending;
+    _Atomic uint32_t unlinks;
+    _Atomic uint64_t block;
 } __attribute__((aligned(64)));
 
 struct mf_participant {
@@ -130,9 +143,11 @@ struct mf_control {
     _Atomic uint32_t state __attribute__((aligned(64)));
     _Atomic uint64_t epoch __attribute__((aligned(64)));
     _Atomic uint32_t pin_top; /* no pin at or above this index was ever used */
+    _Atomic uint32_t next_writer;
     struct mf_stripe stripes[MF_STRIPES];
     struct mf_pin pins[MF_PINS];
     struct mf_participant participants[MF_PARTICIPANTS];
+    struct mf_writer writers[MF_WRITERS];
     struct mf_span spans[]; /* and then the hints: MF_CLASSES bitmaps with a bit for each span */
 };
 

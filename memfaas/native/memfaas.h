@@ -129,6 +129,8 @@ struct mf_op {
     const uint8_t *meta;
     uint64_t head; /* offset of the new block */
     uint32_t head_class;
+    struct mf_writer *writer; /* of the connection that asked for it, or NULL */
+    uint32_t number;          /* its number there */
     uint8_t piece_class[MF_MAX_CHUNKS];
 };
 
@@ -172,12 +174,12 @@ int mf_get_copy(struct mf_op *op, void *into, void *meta);
 /* A put reserves blocks; the caller fills op->piece and op->sums (a chunked value) or op->checksum
  * (an inline one, by mf_value_sum), and commits. Between the two it may be unpinned. */
 int mf_put_reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len);
-int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags, uint64_t writer,
+int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags,
                   struct mf_replaced *replaced);
 void mf_put_abort(struct mf_op *op);
 /* All of it, for a value in this process. */
 int mf_put(struct mf_op *op, const void *key, uint32_t key_len, const void *meta, uint32_t meta_len,
-           const void *value, uint64_t value_len, uint8_t flags, uint64_t writer, struct mf_replaced *replaced);
+           const void *value, uint64_t value_len, uint8_t flags, struct mf_replaced *replaced);
 
 int mf_delete(struct mf_op *op, const void *key, uint32_t key_len, struct mf_replaced *replaced);
 
@@ -200,6 +202,13 @@ int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_
 int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before);
 int mf_region_add(struct mf_op *op, uint64_t offset, uint64_t amount, uint64_t *before);
 
+/* writers.c: which operations of a connection took effect. One thread at a time works for a writer. */
+struct mf_writer *mf_writer_open(struct mf_memory *memory, uint64_t id, const bool *in_use);
+void mf_writer_intend(struct mf_op *op, uint64_t block, bool unlinks);
+void mf_writer_done(struct mf_op *op, bool happened);
+bool mf_writer_asked(struct mf_memory *memory, uint64_t id, uint32_t number);
+void mf_writers_recover(struct mf_memory *memory); /* of a killed function, before its pins clear */
+
 /* For the reaper. */
 #define MF_REAPER 0xffffu /* holder of spans that are being put right */
 bool mf_is_linked(struct mf_memory *memory, uint64_t offset);
@@ -208,6 +217,7 @@ void mf_retire_block(struct mf_memory *memory, uint64_t offset);
 int mf_mark_linked(struct mf_memory *memory, const uint32_t *spans, uint32_t count, uint64_t *linked,
                    int64_t deadline);
 void mf_span_free_unlinked(struct mf_memory *memory, uint32_t span, const uint64_t *linked);
+bool mf_in_limbo(struct mf_memory *memory, uint64_t offset);
 unsigned mf_span_block(struct mf_memory *memory, uint64_t offset, uint32_t *span);
 
 /* reap.c: what a dead participant left behind. */

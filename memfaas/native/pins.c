@@ -19,6 +19,7 @@ void mf_op_begin(struct mf_op *op, struct mf_memory *memory, int64_t timeout_ns)
     op->space = 0;
     op->pieces = 0;
     op->head = 0;
+    op->writer = NULL;
 }
 
 void mf_op_end(struct mf_op *op) {

@@ -86,6 +86,8 @@ int mf_reap(struct mf_memory *memory, uint32_t participant, int64_t deadline) {
     pthread_mutex_lock(&one_at_a_time);
     if (memory->at.kind == MF_SHARD) {
         MF_GUARDED(memory->data, memory->at.data_bytes, finish_retiring(memory, participant), (void)0);
+        if (participant == 0) /* the function itself: it worked for the connections */
+            MF_GUARDED(memory->data, memory->at.data_bytes, mf_writers_recover(memory), (void)0);
         open_locks(memory, participant);
     }
     clear_pins(memory, participant);

@@ -20,6 +20,8 @@
 struct connection {
     struct mf_server *server;
     struct connection *next, **link;
+    struct mf_writer *writer;
+    uint64_t writer_id;
     struct mf_stream stream;
 };
 
@@ -30,6 +32,7 @@ struct mf_server {
     struct connection *all;
     int count;
     bool stopping;
+    bool writers[MF_WRITERS]; /* records in use */
 };
 
 static bool reply(struct mf_stream *stream, struct mf_reply answer) {
@@ -99,8 +102,26 @@ static bool receive_value(struct mf_op *op, struct mf_stream *stream) {
     return op->chunks == 0 || mf_stream_read(stream, op->sums, op->segments * sizeof *op->sums);
 }
 
-static bool serve_put(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
-                      const uint8_t *key) {
+/* The record that tells whether this connection's changes took effect. */
+static struct mf_writer *writer_of(struct connection *connection, uint64_t id) {
+    struct mf_server *server = connection->server;
+    if (id == 0 || (connection->writer && connection->writer_id == id))
+        return id ? connection->writer : NULL;
+    pthread_mutex_lock(&server->mutex);
+    struct mf_writer *first = server->memory->control->writers;
+    if (connection->writer)
+        server->writers[connection->writer - first] = false;
+    connection->writer = mf_writer_open(server->memory, id, server->writers);
+    connection->writer_id = id;
+    if (connection->writer)
+        server->writers[connection->writer - first] = true;
+    pthread_mutex_unlock(&server->mutex);
+    return connection->writer;
+}
+
+static bool serve_put(struct connection *connection, const struct mf_request *request, const uint8_t *key) {
+    struct mf_memory *memory = connection->server->memory;
+    struct mf_stream *stream = &connection->stream;
     struct mf_op op;
     struct mf_replaced replaced = {0};
     bool inline_ = mf_is_inline(request->key_len, request->meta_len, request->value_len);
@@ -128,18 +149,22 @@ static bool serve_put(struct mf_memory *memory, struct mf_stream *stream, const 
     }
     op.checksum = request->c;
     op.deadline = 0; /* the peer's time is not ours */
-    status = mf_put_commit(&op, head, head + request->key_len, request->flags, request->a, &replaced);
+    op.writer = writer_of(connection, request->a);
+    op.number = (uint32_t)request->b;
+    status = mf_put_commit(&op, head, head + request->key_len, request->flags, &replaced);
     mf_op_end(&op);
     return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
            mf_stream_queue(stream, replaced.manifest, replaced.length);
 }
 
-static bool serve_delete(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
-                         const void *key) {
+static bool serve_delete(struct connection *connection, const struct mf_request *request, const void *key) {
+    struct mf_stream *stream = &connection->stream;
     struct mf_op op;
     struct mf_replaced replaced = {0};
-    mf_op_begin(&op, memory, OPERATION_NS);
+    mf_op_begin(&op, connection->server->memory, OPERATION_NS);
     op.space = request->space;
+    op.writer = writer_of(connection, request->a);
+    op.number = (uint32_t)request->b;
     int status = mf_delete(&op, key, request->key_len, &replaced);
     mf_op_end(&op);
     return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
@@ -208,8 +233,36 @@ static bool serve_region(struct mf_memory *memory, struct mf_stream *stream, con
     return good && reply(stream, (struct mf_reply){.status = (uint8_t)status, .a = before});
 }
 
+/* Did a change take effect that another, broken connection of this client was asked for? That one may
+ * still be at work on it: it is ended first. */
+static bool serve_resume(struct connection *connection, const struct mf_request *request) {
+    struct mf_server *server = connection->server;
+    int64_t until = mf_now() + OPERATION_NS;
+    struct timespec time = {until / 1000000000, until % 1000000000};
+    int error = 0;
+    bool busy = true;
+    pthread_mutex_lock(&server->mutex);
+    while (busy && !error) {
+        busy = false;
+        for (struct connection *c = server->all; c; c = c->next)
+            if (c != connection && c->writer && c->writer_id == request->a) {
+                shutdown(c->stream.fd, SHUT_RDWR);
+                busy = true;
+            }
+        if (busy)
+            error = pthread_cond_timedwait(&server->ended, &server->mutex, &time);
+    }
+    pthread_mutex_unlock(&server->mutex);
+    if (busy)
+        return reply_status(&connection->stream, MF_TIMEOUT);
+    bool happened = mf_writer_asked(server->memory, request->a, (uint32_t)request->b);
+    return reply(&connection->stream, (struct mf_reply){.status = MF_OK, .a = happened});
+}
+
 /* False ends the connection: it broke, or what came is not a request. */
-static bool serve_one(struct mf_memory *memory, struct mf_stream *stream) {
+static bool serve_one(struct connection *connection) {
+    struct mf_memory *memory = connection->server->memory;
+    struct mf_stream *stream = &connection->stream;
     struct mf_request request;
     if (!before_blocking(stream, sizeof request))
         return false;
@@ -221,14 +274,13 @@ static bool serve_one(struct mf_memory *memory, struct mf_stream *stream) {
     uint64_t largest = request.verb == MF_PUT ? MF_MAX_PART
                        : request.verb == MF_READ || request.verb == MF_WRITE ? MF_READ_MAX
                                                                               : 0;
-    if (request.verb < MF_GET || request.verb > MF_ADD || request.key_len > (keyed ? MF_MAX_KEY : 0) ||
+    bool region = request.verb >= MF_READ && request.verb <= MF_ADD, any = request.verb == MF_STATS;
+    if (request.verb < MF_GET || request.verb > MF_RESUME || request.key_len > (keyed ? MF_MAX_KEY : 0) ||
         request.meta_len > (request.verb == MF_PUT ? MF_MAX_META : 0) || request.value_len > largest ||
-        request.space > 1 || (memory->at.kind == MF_SHARD) != (request.verb <= MF_STATS)) {
-        if (request.verb != MF_STATS) { /* which regions answer too */
-            reply_status(stream, MF_BAD);
-            mf_stream_flush(stream);
-            return false;
-        }
+        request.space > 1 || (!any && region != (memory->at.kind == MF_REGION))) {
+        reply_status(stream, MF_BAD);
+        mf_stream_flush(stream);
+        return false;
     }
     stream->at += sizeof request;
     size_t head = (size_t)request.key_len + request.meta_len;
@@ -237,17 +289,19 @@ static bool serve_one(struct mf_memory *memory, struct mf_stream *stream) {
     const uint8_t *key = stream->in + stream->at;
     switch (request.verb) {
     case MF_PUT:
-        return serve_put(memory, stream, &request, key);
+        return serve_put(connection, &request, key);
     case MF_GET:
         stream->at += head;
         return serve_get(memory, stream, &request, key);
     case MF_DELETE:
         stream->at += head;
-        return serve_delete(memory, stream, &request, key);
+        return serve_delete(connection, &request, key);
     case MF_SCAN:
         return serve_scan(memory, stream, &request);
     case MF_STATS:
         return serve_stats(memory, stream);
+    case MF_RESUME:
+        return serve_resume(connection, &request);
     default:
         return serve_region(memory, stream, &request);
     }
@@ -256,12 +310,14 @@ static bool serve_one(struct mf_memory *memory, struct mf_stream *stream) {
 static void *run(void *argument) {
     struct connection *connection = argument;
     struct mf_server *server = connection->server;
-    while (serve_one(server->memory, &connection->stream)) {
+    while (serve_one(connection)) {
     }
     pthread_mutex_lock(&server->mutex);
     *connection->link = connection->next;
     if (connection->next)
         connection->next->link = connection->link;
+    if (connection->writer)
+        server->writers[connection->writer - server->memory->control->writers] = false;
     close(connection->stream.fd);
     server->count--;
     pthread_cond_broadcast(&server->ended);
@@ -288,6 +344,7 @@ int mf_server_serve(struct mf_server *server, int fd) {
     if (!connection)
         return ENOMEM;
     connection->server = server;
+    connection->writer = NULL;
     mf_stream_open(&connection->stream, fd, PEER_NS);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
@@ -295,7 +352,9 @@ int mf_server_serve(struct mf_server *server, int fd) {
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
     pthread_mutex_lock(&server->mutex);
     pthread_t thread;
-    int error = server->stopping ? ESHUTDOWN : pthread_create(&thread, &attributes, run, connection);
+    int error = server->stopping                        ? ESHUTDOWN
+                : server->count >= (int)MF_WRITERS / 2 ? EMFILE
+                                                        : pthread_create(&thread, &attributes, run, connection);
     if (!error) {
         connection->next = server->all;
         connection->link = &server->all;

@@ -307,8 +307,7 @@ static void unlink_from(struct mf_op *op, mf_slot *slot, uint64_t value, const s
     atomic_store(retiring, 0);
 }
 
-static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags, uint64_t writer,
-                  struct mf_replaced *replaced) {
+static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags, struct mf_replaced *replaced) {
     struct mf_memory *memory = op->memory;
     uint8_t *at = memory->data + op->head;
     struct mf_block head = {.hash = op->hash,
@@ -319,8 +318,7 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
                             .flags = flags,
                             .space = op->space,
                             .chunks = op->chunks,
-                            .class_ = op->head_class,
-                            .writer = writer};
+                            .class_ = op->head_class};
     memcpy(at + sizeof head, key, op->key_len);
     memcpy(at + sizeof head + op->key_len, meta, op->meta_len);
     if (op->chunks) {
@@ -344,22 +342,23 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     uint64_t slot, value = slot_of(op->hash, op->space, op->head_class, op->head);
     const struct mf_block *old;
     mf_slot *where = find(op, key, op->key_len, &slot, &old);
+    mf_writer_intend(op, op->head, false);
     if (where)
         unlink_from(op, where, value, old, replaced);
     else if (!claim_empty(op, value))
         status = MF_FULL;
+    mf_writer_done(op, status == MF_OK);
     mf_unlock(op);
     return status;
 }
 
-int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags, uint64_t writer,
-                  struct mf_replaced *replaced) {
+int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags, struct mf_replaced *replaced) {
     replaced->length = 0;
     op->hash = mf_hash_key(key, op->key_len, op->space);
     int status = op->pin < 0 ? mf_pin(op) : MF_OK;
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
-                   status = commit(op, key, meta, flags, writer, replaced), return MF_REVOKED);
+                   status = commit(op, key, meta, flags, replaced), return MF_REVOKED);
     if (status != MF_OK)
         mf_put_abort(op);
     return status;
@@ -384,12 +383,12 @@ static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
 }
 
 int mf_put(struct mf_op *op, const void *key, uint32_t key_len, const void *meta, uint32_t meta_len,
-           const void *value, uint64_t value_len, uint8_t flags, uint64_t writer, struct mf_replaced *replaced) {
+           const void *value, uint64_t value_len, uint8_t flags, struct mf_replaced *replaced) {
     int status = mf_put_reserve(op, key_len, meta_len, value_len);
     if (status != MF_OK)
         return status;
     MF_GUARDED(op->memory->data, op->memory->at.data_bytes, copy_in(op, meta, value), return MF_REVOKED);
-    return mf_put_commit(op, key, meta, flags, writer, replaced);
+    return mf_put_commit(op, key, meta, flags, replaced);
 }
 
 /* --- delete, scan, counts -------------------------------------------------------------------------------- */
@@ -401,8 +400,11 @@ static int delete(struct mf_op *op, const void *key, uint32_t key_len, struct mf
     uint64_t slot;
     const struct mf_block *old;
     mf_slot *where = find(op, key, key_len, &slot, &old);
-    if (where)
+    if (where) {
+        mf_writer_intend(op, (uint64_t)((const uint8_t *)old - op->memory->data), true);
         unlink_from(op, where, 0, old, replaced);
+        mf_writer_done(op, true);
+    }
     mf_unlock(op);
     return where ? MF_OK : MF_ABSENT;
 }

@@ -12,6 +12,7 @@
 void mf_stream_open(struct mf_stream *stream, int fd, int64_t timeout_ns) {
     stream->fd = fd;
     stream->error = 0;
+    stream->id = stream->number = 0;
     stream->at = stream->have = stream->pending = 0;
     struct timeval time = {timeout_ns / 1000000000, timeout_ns % 1000000000 / 1000};
     int one = 1, idle = 30, tries = 3;

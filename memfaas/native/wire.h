@@ -9,7 +9,7 @@
 
 #include "memfaas.h"
 
-enum mf_verb { MF_GET = 1, MF_PUT, MF_DELETE, MF_SCAN, MF_STATS, MF_READ, MF_WRITE, MF_SWAP, MF_ADD };
+enum mf_verb { MF_GET = 1, MF_PUT, MF_DELETE, MF_SCAN, MF_STATS, MF_READ, MF_WRITE, MF_SWAP, MF_ADD, MF_RESUME };
 
 #define MF_HEAD_ONLY 1u /* flag of a GET: is it there? */
 
@@ -22,8 +22,8 @@ struct mf_request {
     uint32_t meta_len;
     uint32_t pad2;
     uint64_t value_len; /* PUT, WRITE: that follows; READ: that is asked for */
-    uint64_t a;         /* offset, cursor, or the writer of a PUT */
-    uint64_t b;         /* SWAP: expected */
+    uint64_t a;         /* offset or cursor; PUT, DELETE, RESUME: id of the connection */
+    uint64_t b;         /* SWAP: expected; PUT, DELETE, RESUME: number of the operation there */
     uint64_t c;         /* SWAP: new; ADD: amount; PUT: checksum of an inline value */
 };
 _Static_assert(sizeof(struct mf_request) == 48, "request");
@@ -34,13 +34,13 @@ struct mf_reply {
     uint16_t meta_len;
     uint32_t segments;
     uint64_t value_len;
-    uint64_t a; /* SWAP, ADD: the word before; SCAN: the next cursor */
+    uint64_t a; /* SWAP, ADD: the word before; SCAN: the next cursor; RESUME: whether it took effect */
     uint64_t checksum;
 };
 _Static_assert(sizeof(struct mf_reply) == 32, "reply");
 
 #define MF_WINDOW (32u << 10) /* bytes of requests that may be under way: fits any socket's buffer */
-#define MF_WINDOW_COUNT 128u
+#define MF_WINDOW_COUNT MF_REMEMBERED
 #define MF_READ_MAX (1u << 30)
 #define MF_BUFFER (80u << 10)
 _Static_assert(sizeof(struct mf_request) + MF_MAX_KEY + MF_MAX_META < MF_BUFFER, "a request's head fits the buffer");
@@ -48,7 +48,9 @@ _Static_assert(sizeof(struct mf_request) + MF_MAX_KEY + MF_MAX_META < MF_BUFFER,
 /* stream.c: a blocking socket with a buffer on each side. All return false when it broke or timed out. */
 struct mf_stream {
     int fd;
-    int error; /* errno of what broke it; 0 at its end */
+    int error; /* errno of what broke it, 0 at its end; negative: not to be used again */
+    uint64_t id; /* client: names the connection to the function, with the number of its last change */
+    uint32_t number;
     size_t at, have, pending;
     uint8_t in[MF_BUFFER];
     uint8_t out[MF_BUFFER];
@@ -87,11 +89,58 @@ struct mf_pull { /* a reply whose value is still in the stream */
     uint8_t meta[MF_MAX_META];
     uint64_t sums[MF_MAX_SEGMENTS];
 };
+struct mf_change { /* a put or delete that may have taken effect; id 0: none */
+    uint64_t id;
+    uint32_t number;
+};
+void mf_number(struct mf_stream *stream, struct mf_request *request, struct mf_change *change);
 int mf_ask(struct mf_stream *stream, const struct mf_request *request, const void *key, const void *meta,
            const void *value);
 int mf_pull_reply(struct mf_stream *stream, struct mf_pull *pull);
 int mf_pull_value(struct mf_stream *stream, struct mf_pull *pull, void *into);
 int mf_pull_bytes(struct mf_stream *stream, void *into, size_t length);
 int mf_pull_replaced(struct mf_stream *stream, struct mf_pull *pull, struct mf_replaced *replaced);
+
+/* link.c: one operation on one link, whichever its fabric.
+ *
+ * An impatient call holds the GIL: it does what takes a microsecond, and returns MF_WAIT otherwise. */
+struct mf_link {
+    bool mapped; /* shm: `memory`; otherwise tcp: `pool` */
+    _Atomic bool closed;
+    int64_t timeout;
+    struct mf_memory memory;
+    struct mf_pool *pool;
+};
+
+struct mf_got { /* by mf_link_get, until mf_link_leave */
+    uint64_t value_len;
+    uint32_t meta_len;
+    uint8_t flags;
+    bool taken;
+    struct mf_op op;
+    struct mf_stream *stream;
+    struct mf_pull pull;
+};
+int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *key, uint32_t key_len,
+                struct mf_got *got);
+int mf_link_take(struct mf_link *link, struct mf_got *got, void *into, void *meta);
+void mf_link_leave(struct mf_link *link, struct mf_got *got);
+int mf_link_has(struct mf_link *link, const void *key, uint32_t key_len);
+
+struct mf_putting {
+    uint8_t space, flags;
+    const void *key, *meta, *value;
+    uint32_t key_len, meta_len;
+    uint64_t value_len;
+    struct mf_change change; /* begins as {0}, is kept from attempt to attempt */
+    struct mf_replaced replaced;
+};
+int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put);
+int mf_link_delete(struct mf_link *link, struct mf_putting *put);
+int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length);
+int mf_link_stats(struct mf_link *link, struct mf_stats *out);
+int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
+                   uint64_t c, uint64_t *before);
+struct mf_stream *mf_link_stream(struct mf_link *link); /* for a pipeline; NULL: none, or not tcp */
 
 #endif

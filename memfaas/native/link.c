@@ -1,0 +1,247 @@
+/* One operation on one link: on mapped memory by ourselves, over tcp by the function. */
+#include <string.h>
+
+#include "wire.h"
+
+static int usable(struct mf_link *link) {
+    if (link->closed)
+        return MF_NEED_CONNECTION;
+    uint32_t generation = link->mapped ? link->memory.generation : mf_pool_generation(link->pool);
+    return generation == mf_fork_generation() ? MF_OK : MF_STALE;
+}
+
+static int take_stream(struct mf_link *link, struct mf_stream **stream) {
+    *stream = mf_pool_take(link->pool);
+    return *stream ? MF_OK : MF_NEED_CONNECTION;
+}
+
+struct mf_stream *mf_link_stream(struct mf_link *link) {
+    return usable(link) == MF_OK && !link->mapped ? mf_pool_take(link->pool) : NULL;
+}
+
+/* A request without a value, and the head of its reply; the stream is the caller's then, in any case. */
+static int ask(struct mf_link *link, struct mf_request request, const void *key, const void *data,
+               struct mf_stream **stream, struct mf_pull *pull) {
+    int status = take_stream(link, stream);
+    if (status == MF_OK)
+        status = mf_ask(*stream, &request, key, NULL, data);
+    return status == MF_OK ? mf_pull_reply(*stream, pull) : status;
+}
+
+static void give(struct mf_link *link, struct mf_stream *stream) {
+    if (stream)
+        mf_pool_give(link->pool, stream);
+}
+
+int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *key, uint32_t key_len,
+                struct mf_got *got) {
+    got->taken = false;
+    got->stream = NULL;
+    mf_op_begin(&got->op, &link->memory, patient ? link->timeout : 0);
+    int status = usable(link);
+    if (status != MF_OK)
+        return status;
+    if (link->mapped) {
+        got->op.space = space;
+        if ((status = mf_get(&got->op, key, key_len)) == MF_OK) {
+            got->value_len = got->op.value_len;
+            got->meta_len = got->op.meta_len;
+            got->flags = got->op.flags;
+        }
+        return status;
+    }
+    if (!patient)
+        return MF_WAIT;
+    status = ask(link, (struct mf_request){.verb = MF_GET, .space = space, .key_len = key_len}, key, NULL,
+                 &got->stream, &got->pull);
+    got->value_len = got->pull.reply.value_len;
+    got->meta_len = got->pull.reply.meta_len;
+    got->flags = got->pull.reply.flags;
+    return status;
+}
+
+int mf_link_take(struct mf_link *link, struct mf_got *got, void *into, void *meta) {
+    got->taken = true;
+    if (link->mapped)
+        return mf_get_copy(&got->op, into, meta);
+    memcpy(meta, got->pull.meta, got->meta_len);
+    return mf_pull_value(got->stream, &got->pull, into);
+}
+
+void mf_link_leave(struct mf_link *link, struct mf_got *got) {
+    if (link->mapped) {
+        mf_op_end(&got->op);
+        return;
+    }
+    if (got->stream && !got->taken && got->pull.reply.value_len && got->pull.reply.status == MF_OK)
+        got->stream->error = -1; /* the value is still in it */
+    give(link, got->stream);
+}
+
+int mf_link_has(struct mf_link *link, const void *key, uint32_t key_len) {
+    int status = usable(link);
+    if (status != MF_OK)
+        return status;
+    if (link->mapped) {
+        struct mf_op op;
+        mf_op_begin(&op, &link->memory, link->timeout);
+        status = mf_get(&op, key, key_len);
+        mf_op_end(&op);
+        return status;
+    }
+    struct mf_stream *stream;
+    struct mf_pull pull;
+    status = ask(link, (struct mf_request){.verb = MF_GET, .flags = MF_HEAD_ONLY, .key_len = key_len}, key, NULL,
+                 &stream, &pull);
+    give(link, stream);
+    return status;
+}
+
+/* A change over tcp. Whether an earlier attempt took effect is asked first, on the new connection. */
+static int change(struct mf_link *link, struct mf_request request, struct mf_putting *put) {
+    struct mf_stream *stream;
+    struct mf_pull pull;
+    int status = MF_OK;
+    if (put->change.id) {
+        struct mf_request resume = {.verb = MF_RESUME, .a = put->change.id, .b = put->change.number};
+        status = ask(link, resume, NULL, NULL, &stream, &pull);
+        give(link, stream);
+        if (status != MF_OK || pull.reply.a)
+            return status;
+        put->change.id = 0;
+    }
+    if ((status = take_stream(link, &stream)) != MF_OK)
+        return status;
+    mf_number(stream, &request, &put->change);
+    status = mf_ask(stream, &request, put->key, put->meta, put->value);
+    if (status == MF_OK)
+        status = mf_pull_reply(stream, &pull);
+    if (status == MF_OK)
+        status = mf_pull_replaced(stream, &pull, &put->replaced);
+    if (status != MF_BROKEN)
+        put->change.id = 0;
+    give(link, stream);
+    return status;
+}
+
+int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put) {
+    int status = usable(link);
+    put->replaced.length = 0;
+    if (status != MF_OK)
+        return status;
+    if (link->mapped) {
+        struct mf_op op;
+        mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
+        op.space = put->space;
+        status = mf_put(&op, put->key, put->key_len, put->meta, put->meta_len, put->value, put->value_len, put->flags,
+                        &put->replaced);
+        mf_op_end(&op);
+        return status;
+    }
+    if (!patient)
+        return MF_WAIT;
+    struct mf_request request = {.verb = MF_PUT,
+                                 .flags = put->flags,
+                                 .space = put->space,
+                                 .key_len = put->key_len,
+                                 .meta_len = put->meta_len,
+                                 .value_len = put->value_len};
+    return change(link, request, put);
+}
+
+int mf_link_delete(struct mf_link *link, struct mf_putting *put) {
+    int status = usable(link);
+    put->replaced.length = 0;
+    if (status != MF_OK)
+        return status;
+    if (link->mapped) {
+        struct mf_op op;
+        mf_op_begin(&op, &link->memory, link->timeout);
+        op.space = put->space;
+        status = mf_delete(&op, put->key, put->key_len, &put->replaced);
+        mf_op_end(&op);
+        return status;
+    }
+    return change(link, (struct mf_request){.verb = MF_DELETE, .space = put->space, .key_len = put->key_len}, put);
+}
+
+int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length) {
+    int status = usable(link);
+    if (status != MF_OK)
+        return status;
+    if (link->mapped) {
+        struct mf_op op;
+        mf_op_begin(&op, &link->memory, link->timeout);
+        op.space = space;
+        status = mf_scan(&op, cursor, out, room, length);
+        mf_op_end(&op);
+        return status;
+    }
+    struct mf_stream *stream;
+    struct mf_pull pull;
+    status = ask(link, (struct mf_request){.verb = MF_SCAN, .space = space, .a = *cursor}, NULL, NULL, &stream, &pull);
+    if (status == MF_OK && pull.reply.value_len > room) {
+        stream->error = -1;
+        status = MF_BAD;
+    }
+    if (status == MF_OK) {
+        *length = pull.reply.value_len;
+        *cursor = pull.reply.a;
+        status = mf_pull_bytes(stream, out, *length);
+    }
+    give(link, stream);
+    return status;
+}
+
+int mf_link_stats(struct mf_link *link, struct mf_stats *out) {
+    int status = usable(link);
+    if (status != MF_OK)
+        return status;
+    if (link->mapped)
+        return mf_stats(&link->memory, out);
+    struct mf_stream *stream;
+    struct mf_pull pull;
+    status = ask(link, (struct mf_request){.verb = MF_STATS}, NULL, NULL, &stream, &pull);
+    if (status == MF_OK)
+        status = mf_pull_bytes(stream, out, sizeof *out);
+    give(link, stream);
+    return status;
+}
+
+static int region_here(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
+                       uint64_t c, uint64_t *before) {
+    struct mf_op op;
+    int status;
+    mf_op_begin(&op, &link->memory, link->timeout);
+    switch (verb) {
+    case MF_READ:
+        status = mf_region_read(&op, offset, data, length);
+        break;
+    case MF_WRITE:
+        status = mf_region_write(&op, offset, data, length);
+        break;
+    case MF_SWAP:
+        status = mf_region_swap(&op, offset, b, c, before);
+        break;
+    default:
+        status = mf_region_add(&op, offset, c, before);
+    }
+    mf_op_end(&op);
+    return status;
+}
+
+int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
+                   uint64_t c, uint64_t *before) {
+    int status = usable(link);
+    if (status != MF_OK || link->mapped)
+        return status == MF_OK ? region_here(link, verb, offset, data, length, b, c, before) : status;
+    struct mf_request request = {.verb = verb, .value_len = length, .a = offset, .b = b, .c = c};
+    struct mf_stream *stream;
+    struct mf_pull pull;
+    status = ask(link, request, NULL, data, &stream, &pull);
+    if (status == MF_OK && verb == MF_READ)
+        status = mf_pull_bytes(stream, data, length);
+    *before = pull.reply.a;
+    give(link, stream);
+    return status;
+}

@@ -1,0 +1,76 @@
+/* Exactly once over tcp: what a connection's operations did, remembered beside the data.
+ *
+ * A client whose connection breaks between request and reply cannot know whether a put took effect,
+ * and doing it again could undo somebody else's later put. So each connection has an id and numbers
+ * its changes, the shard remembers the newest 32 of each, and the client asks (MF_RESUME) before it
+ * repeats one. The record is written under the lock of the key's stripe; when the function is killed
+ * between the slot's store and the record's, the next function finds `pending` and decides by the
+ * block: linked or in limbo means that it took effect. (The dead one's pin still keeps the block.) */
+#include "memfaas.h"
+
+/* The record for a new connection: free ones first, then those of connections long gone, in turn. */
+struct mf_writer *mf_writer_open(struct mf_memory *memory, uint64_t id, const bool *in_use) {
+    struct mf_writer *writers = memory->control->writers;
+    for (uint32_t tries = 0; tries < MF_WRITERS; tries++) {
+        uint32_t i = atomic_fetch_add(&memory->control->next_writer, 1) % MF_WRITERS;
+        if (in_use[i])
+            continue;
+        atomic_store(&writers[i].pending, 0);
+        atomic_store(&writers[i].done, 0);
+        atomic_store(&writers[i].id, id);
+        return &writers[i];
+    }
+    return NULL;
+}
+
+void mf_writer_intend(struct mf_op *op, uint64_t block, bool unlinks) {
+    if (!op->writer)
+        return;
+    atomic_store(&op->writer->block, block);
+    atomic_store(&op->writer->unlinks, unlinks);
+    atomic_store(&op->writer->pending, op->number);
+}
+
+static void done(struct mf_writer *writer, uint32_t number) {
+    uint64_t before = atomic_load(&writer->done);
+    uint32_t behind = number - (uint32_t)(before >> 32);
+    uint32_t bits = behind < MF_REMEMBERED ? (uint32_t)before << behind : 0;
+    atomic_store(&writer->done, (uint64_t)number << 32 | bits | 1);
+    atomic_store(&writer->pending, 0);
+}
+
+void mf_writer_done(struct mf_op *op, bool happened) {
+    if (!op->writer)
+        return;
+    if (happened)
+        done(op->writer, op->number);
+    else
+        atomic_store(&op->writer->pending, 0);
+}
+
+bool mf_writer_asked(struct mf_memory *memory, uint64_t id, uint32_t number) {
+    for (uint32_t i = 0; i < MF_WRITERS; i++) {
+        struct mf_writer *writer = &memory->control->writers[i];
+        if (atomic_load(&writer->id) != id)
+            continue;
+        uint64_t done_ = atomic_load(&writer->done);
+        uint32_t behind = (uint32_t)(done_ >> 32) - number;
+        return behind < MF_REMEMBERED && done_ >> behind & 1;
+    }
+    return false;
+}
+
+void mf_writers_recover(struct mf_memory *memory) {
+    for (uint32_t i = 0; i < MF_WRITERS; i++) {
+        struct mf_writer *writer = &memory->control->writers[i];
+        uint32_t pending = atomic_load(&writer->pending);
+        if (!pending)
+            continue;
+        uint64_t block = atomic_load(&writer->block);
+        bool linked = mf_is_linked(memory, block);
+        if (atomic_load(&writer->unlinks) ? !linked : linked || mf_in_limbo(memory, block))
+            done(writer, pending);
+        else
+            atomic_store(&writer->pending, 0);
+    }
+}
