@@ -9,7 +9,6 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.errno cimport EINVAL, EMFILE, ENOMEM, EPERM, ETIMEDOUT
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 import os
@@ -26,119 +25,6 @@ from memfaas.errors import (
 )
 
 
-cdef extern from "memfaas.h" nogil:
-    enum:
-        MF_SHARD, MF_REGION
-        MF_MIN_SHARD, MF_MAX_KEY, MF_MAX_META, MF_MAX_MANIFEST, MF_MANIFEST
-        MF_STATE_REVOKED, MF_PARTICIPANTS
-        MF_OK, MF_ABSENT, MF_FULL, MF_TOO_LARGE, MF_SMALL_BUFFER, MF_CORRUPT, MF_TIMEOUT, MF_WAIT, MF_BAD
-        MF_NEED_CONNECTION, MF_BROKEN, MF_REVOKED, MF_FROZEN, MF_STALE
-    struct mf_header:
-        uint8_t lease[16]
-        uint8_t store[16]
-        uint32_t kind
-        uint64_t epoch, shard, size, data_bytes, control_bytes, part_size
-    struct mf_participant:
-        uint32_t state, pid
-        uint64_t start_time
-    struct mf_control:
-        mf_participant participants[1024]
-    struct mf_memory:
-        mf_header at
-        mf_control *control
-        size_t populated
-        uint32_t generation
-    struct mf_replaced:
-        uint32_t length
-        uint8_t manifest[64]
-    struct mf_stats_t "mf_stats":
-        uint64_t keys, parts, used, size, free_spans, epoch, participants
-
-    uint64_t mf_hash(const void *data, size_t length, uint64_t seed)
-    uint64_t mf_hash_key(const void *key, size_t length, unsigned space)
-    void mf_geometry(int kind, uint64_t size, mf_header *out)
-    int mf_format(int data_fd, int control_fd, const mf_header *header)
-    int mf_map(mf_memory *memory, int data_fd, int control_fd, uint32_t participant)
-    void mf_unmap(mf_memory *memory)
-    int mf_populate(mf_memory *memory, size_t limit)
-    int mf_attach(mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant)
-    void mf_set_state(mf_memory *memory, uint32_t state)
-    uint32_t mf_fork_generation()
-    int64_t mf_now()
-    int mf_stats_of "mf_stats"(mf_memory *memory, mf_stats_t *out)
-    int mf_reap(mf_memory *memory, uint32_t participant, int64_t deadline)
-
-cdef extern from "wire.h" nogil:
-    enum:
-        MF_GET, MF_PUT, MF_READ, MF_WRITE, MF_SWAP, MF_ADD
-        MF_WINDOW, MF_WINDOW_COUNT, MF_GROUP
-    struct mf_request:
-        uint8_t verb, flags, space
-        uint32_t key_len, meta_len
-        uint64_t value_len, a, b, c
-    struct mf_reply:
-        uint8_t flags
-        uint32_t meta_len
-        uint64_t value_len
-    struct mf_stream:
-        int error
-    struct mf_pull:
-        mf_reply reply
-    struct mf_change:
-        uint64_t id
-    struct mf_pool:
-        pass
-    struct mf_server:
-        pass
-    struct mf_link:
-        bint mapped, closed
-        int64_t timeout
-        mf_memory memory
-        mf_pool *pool
-    struct mf_got:
-        uint64_t value_len
-        uint32_t meta_len
-        uint8_t flags
-    struct mf_putting:
-        uint8_t space, flags
-        const void *key
-        const void *meta
-        const void *value
-        uint32_t key_len, meta_len
-        uint64_t value_len
-        mf_change change
-        mf_replaced replaced
-
-    mf_server *mf_server_new(mf_memory *memory)
-    int mf_server_serve(mf_server *server, int fd)
-    int mf_server_connections(mf_server *server)
-    bint mf_server_stop(mf_server *server, int64_t timeout_ns)
-    void mf_server_free(mf_server *server)
-
-    mf_pool *mf_pool_new(int64_t timeout_ns)
-    int mf_pool_add(mf_pool *pool, int fd)
-    void mf_pool_give(mf_pool *pool, mf_stream *stream)
-    void mf_pool_close(mf_pool *pool)
-    void mf_pool_free(mf_pool *pool)
-    void mf_number(mf_stream *stream, mf_request *request, mf_change *change)
-    int mf_ask(mf_stream *stream, const mf_request *request, const void *key, const void *meta, const void *value)
-    int mf_pull_reply(mf_stream *stream, mf_pull *pull)
-    int mf_pull_value(mf_stream *stream, mf_pull *pull, void *into)
-    int mf_pull_replaced(mf_stream *stream, mf_pull *pull, mf_replaced *replaced)
-
-    int mf_link_get(mf_link *link, bint patient, uint8_t space, const void *key, uint32_t key_len, mf_got *got)
-    int mf_link_take(mf_link *link, mf_got *got, void *into, void *meta)
-    void mf_link_leave(mf_link *link, mf_got *got)
-    int mf_link_has(mf_link *link, const void *key, uint32_t key_len)
-    int mf_link_put(mf_link *link, bint patient, mf_putting *put)
-    int mf_link_delete(mf_link *link, mf_putting *put)
-    int mf_link_scan(mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length)
-    int mf_link_stats(mf_link *link, mf_stats_t *out)
-    int mf_link_region(mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
-                       uint64_t c, uint64_t *before)
-    mf_stream *mf_link_stream(mf_link *link)
-
-
 MAX_KEY = MF_MAX_KEY
 MAX_META = MF_MAX_META
 MIN_SHARD = MF_MIN_SHARD
@@ -152,17 +38,6 @@ BROKEN = MF_BROKEN
 REVOKED = MF_REVOKED
 FROZEN = MF_FROZEN
 STALE = MF_STALE
-
-cdef struct found_t:
-    # What came with a value.
-    int flags
-    uint32_t meta_len
-    char meta[1024]
-
-cdef enum:
-    KEEP_GIL = 16384  # bytes: copying more takes longer than letting the GIL go and coming back
-    RARE = 3          # FLAG_LZ4 | FLAG_MANIFEST: the store has to unpack the value
-    PIECE = 67108864  # bytes of a region in one request
 
 
 cdef int kind_of(object kind) except -1:
