@@ -48,7 +48,7 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes) -> Message:
     """Raises ProtocolError for anything that is not a well-formed, well-typed message."""
     try:
-        name, fields = msgpack.unpackb(data, max_buffer_size=len(data))
+        name, fields = msgpack.unpackb(data)
         kind = _TYPES[name]
         return msgspec.convert(fields, kind)
     except KeyError:
