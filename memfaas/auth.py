@@ -34,6 +34,8 @@ from memfaas import messages
 from memfaas.errors import AccessError, ProtocolError, TicketExpired, UsageError, from_code
 
 DEFAULT_SECRET_FILE = Path("~/.config/memfaas/secret")
+OPERATOR = "operator"
+"""The tenant that sees what belongs to every tenant (but may touch only its own)."""
 TICKET_LIFE_S = 300.0
 CLOCK_SKEW_S = 30.0
 """How far the clocks of two nodes may differ before tickets are refused wrongly."""
