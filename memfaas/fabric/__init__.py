@@ -1,6 +1,71 @@
-"""How bytes move between a client and a memory function.
+"""How bytes move between a client and a lease: opening links, and the choice among fabrics.
 
-One module for each fabric (`shm` maps the memory of a function on the same node, `tcp` sends
-framed requests to one anywhere) opens *links*: a link is one client's open path to one lease.
-What a link is opened with is a ticket; what it offers is the same on every fabric.
+Opening blocks, with a deadline, and is the only part written in Python: once a link is open, every
+operation on it is native. What goes wrong below comes out as an error of `memfaas.errors`.
 """
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from memfaas.errors import DeadlineExceeded, FabricUnavailable
+from memfaas.fabric import shm, tcp
+
+if TYPE_CHECKING:
+    from memfaas._native import ShmLink, TcpLink
+    from memfaas.messages import Place
+
+Choice = Literal["auto", "shm", "tcp"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An open link, and how it was chosen."""
+
+    link: ShmLink | TcpLink
+    fallback: str | None = None
+    """Why this is not shm, although the lease is on this node."""
+
+
+@functools.cache
+def boot_id() -> str:
+    """Names the running kernel: two processes with the same one can share memory."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def check_reach(place: Place, choice: Choice) -> None:
+    """Raises FabricUnavailable when the pinned fabric can never reach this place."""
+    node = place.endpoint.node  # empty: no donor holds it now
+    if choice == "shm" and node and node != boot_id():
+        raise FabricUnavailable(
+            f"shm cannot reach lease {place.lease.hex()[:8]}: donor {place.donor} is another node; "
+            "leave the choice of the fabric to memfaas, or take tcp"
+        )
+
+
+def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float) -> Opened:
+    """Opens a link to a lease, by the best fabric that works or by the one that is pinned.
+
+    `deadline` is a `time.monotonic()`; `timeout_s` is for each operation on the link, later.
+    Raises FabricUnavailable, DeadlineExceeded, AccessError (TicketExpired), ProtocolError.
+    """
+    if not place.endpoint.node:
+        raise FabricUnavailable(f"no donor holds lease {place.lease.hex()[:8]} now")
+    check_reach(place, choice)
+    if choice == "shm":
+        return Opened(shm.open_link(place, deadline, timeout_s))
+    if choice == "tcp" or place.endpoint.node != boot_id():
+        return Opened(tcp.open_link(place, deadline, timeout_s))
+    try:
+        return Opened(shm.open_link(place, deadline, timeout_s))
+    except (FabricUnavailable, DeadlineExceeded) as error:
+        reason = str(error)
+    opened = Opened(tcp.open_link(place, deadline, timeout_s), fallback=reason)
+    log.warning("lease %s is on this node, but is used over tcp, which is slower: %s", place.lease.hex()[:8], reason)
+    return opened
