@@ -1,0 +1,40 @@
+"""What `Store.info` tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memfaas.client.compress import CompressionStats
+
+
+@dataclass(frozen=True)
+class ShardDetails:
+    """One shard, as seen from this process. Sizes are in bytes."""
+
+    donor: str
+    fabric: str | None
+    """How it is reached: `shm` or `tcp`; None when it is lost or out of reach."""
+    fallback: str | None
+    """Why it is not reached over shm, although it is on this node."""
+    trouble: str | None
+    """Why it is out of reach."""
+    epoch: int
+    """Grows each time the shard moves."""
+    size: int
+    used: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class StoreDetails:
+    """A store, as seen from this process. Sizes are in bytes; lost shards count as empty."""
+
+    name: str
+    tenant: str
+    size: int
+    used: int
+    keys: int
+    persistent: bool
+    shards: list[ShardDetails]
+    compression: CompressionStats | None
+    """What compression did in this process; None for a store without it."""

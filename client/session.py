@@ -1,0 +1,349 @@
+"""A session: what a program has with a broker, and what holds its leases."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from memfaas import auth, messages
+from memfaas.client.control import Control, Holdings
+from memfaas.client.loop import ControlLoop
+from memfaas.client.region import Region
+from memfaas.client.store import Store
+from memfaas.config import ClientSettings, load_settings
+from memfaas.errors import ClosedError, MemfaasError
+from memfaas.units import parse_size
+
+if TYPE_CHECKING:
+    from memfaas.addresses import Address
+    from memfaas.client.keeper import Keeper
+    from memfaas.fabric import Choice
+
+_CLOSE_S = 3.0
+
+R = TypeVar("R", bound=messages.Message)
+
+log = logging.getLogger(__name__)
+
+
+def connect(
+    address: str | Address | None = None,
+    *,
+    fabric: Choice | None = None,
+    tenant: str | None = None,
+    secret_file: str | Path | None = None,
+    timeout: str | float | None = None,
+) -> Session:
+    """Opens a session with the broker.
+
+    address: `HOST:PORT` or `memfaas://HOST:PORT?secret=/path`; by default that of MEMFAAS_BROKER or
+        the settings file, else 127.0.0.1:7411.
+    fabric: `shm` or `tcp` pins how bytes move, and then it is an error where that cannot work;
+        `auto` (the default) takes the best that works.
+    tenant: whose stores and leases to use; by default the login name, or whom the key file is for.
+    secret_file: the cluster's secret or a tenant's key file, mode 0600.
+    timeout: seconds (or "500ms") that one operation may take; 10 by default.
+
+    Raises BrokerUnavailable, AccessError, ProtocolError, UsageError.
+    """
+    given = {
+        "broker": address,
+        "fabric": fabric,
+        "tenant": tenant,
+        "secret_file": secret_file,
+        "timeout": timeout,
+    }
+    return Session.open(load_settings(ClientSettings, given))
+
+
+class Session:
+    """An open session. Made by `connect`; a context manager; may be used by many threads.
+
+    Its leases live for as long as it renews them, which a thread in the background does. When the
+    process dies, they end by themselves after their time to live, and a store that nobody else uses
+    ends with them, unless it is persistent.
+
+    After `os.fork` the child has a session of its own, with the same stores, from its next use on.
+    A region stays the parent's, and the child may use it while the parent holds it.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self.settings = settings
+        self.fabric: Choice = settings.fabric
+        self.timeout = settings.timeout
+        self._credentials = auth.read_credentials(settings.secret_path, settings.tenant)
+        self._closed = False
+        self._stores: dict[bytes, Store] = {}
+        self._regions: dict[bytes, Region] = {}
+        self._keepers: dict[bytes, Keeper] = {}
+        # What the broker must hear after a reconnect. Only the control thread changes them, in one
+        # step with the broker's answer, so that no reconnect can fall in between.
+        self._held_stores: set[bytes] = set()
+        self._held_regions: set[bytes] = set()
+        self._loop: ControlLoop | None = None
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, settings: ClientSettings) -> Session:
+        """Like `connect`, with settings that are complete."""
+        session = cls(settings)
+        session._start(patient=False)
+        return session
+
+    def _start(self, *, patient: bool) -> ControlLoop:
+        loop = ControlLoop(Control(self.settings.broker, self._credentials, self))
+        loop.start(patient=patient)
+        self._loop = loop
+        _sessions.add(self)
+        return loop
+
+    def _running(self) -> ControlLoop:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the session is closed")
+            return self._loop or self._start(patient=True)  # the latter in a forked child
+
+    @property
+    def address(self) -> str:
+        return str(self.settings.broker)
+
+    @property
+    def tenant(self) -> str:
+        return self._credentials.name
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def __repr__(self) -> str:
+        place = f"{self.settings.broker.host}:{self.settings.broker.port}"
+        return f"<Session of {self.tenant} at {place}{': closed' if self._closed else ''}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a session cannot be pickled; call memfaas.connect in the other process")
+
+    # --- stores and leases ----------------------------------------------------------------------------
+
+    def store(
+        self,
+        name: str,
+        size: str | int | None = None,
+        persistent: bool = False,
+        compression: messages.Compression = "none",
+        on_reclaim: messages.OnReclaim = "migrate",
+    ) -> Store:
+        """Opens a store of this tenant; creates it when `size` is given and there is none of that name.
+
+        size: bytes, or like "256MiB", of all shards together.
+        persistent: it lives on without a session, until it is deleted.
+        compression: `lz4` compresses the values that gain from it.
+        on_reclaim: what becomes of a shard when its donor needs the memory: `migrate` or `drop`.
+
+        All but the name matter only to a store that is created; one that exists stays as it is.
+        Opening a store that this session has open returns the same object.
+
+        Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when shm is pinned and the
+        store is on other nodes; BrokerUnavailable, DeadlineExceeded.
+        """
+        request = messages.OpenStore(
+            name=name,
+            size=None if size is None else parse_size(size),
+            persistent=persistent,
+            compression=compression,
+            on_reclaim=on_reclaim,
+        )
+        opened = self._request(
+            request, messages.StoreOpened, lambda _, opened: self._held_stores.add(opened.spec.store)
+        )
+        identity = opened.spec.store
+        try:
+            with self._lock:
+                store = self._stores.get(identity)
+                if store is None:
+                    store = self._stores[identity] = Store(self, opened.spec, opened.places)
+                    self._keepers.update((keeper.place.lease, keeper) for keeper in store.keepers)
+        except MemfaasError:
+            self._leave_store(identity)
+            raise
+        return store
+
+    def lease(self, size: str | int) -> Region:
+        """Leases raw memory on one donor, all zero: bytes, or like "64MiB".
+
+        Raises CapacityError, UsageError; FabricUnavailable when shm is pinned and the donor is
+        another node; BrokerUnavailable, DeadlineExceeded.
+        """
+        owner = b""
+
+        def hold(control: Control, granted: messages.RegionGranted) -> None:
+            nonlocal owner
+            owner = control.session
+            self._held_regions.add(granted.place.lease)
+
+        place = self._request(messages.OpenRegion(size=parse_size(size)), messages.RegionGranted, hold).place
+        try:
+            region = Region(self, place, owner)
+        except MemfaasError:
+            self._release_lease(place.lease)
+            raise
+        with self._lock:
+            self._regions[place.lease] = region
+            self._keepers[place.lease] = region.keeper
+        return region
+
+    def stores(self) -> list[messages.StoreInfo]:
+        """The stores of this tenant. Raises BrokerUnavailable, DeadlineExceeded."""
+        return [one for one in self.status().stores if one.spec.tenant == self.tenant]
+
+    def delete_store(self, name: str) -> None:
+        """Deletes a store, whoever has it open, and frees its memory.
+
+        Raises UnknownStore, BrokerUnavailable, DeadlineExceeded.
+        """
+        self._request(messages.DeleteStore(name=name), messages.Done)
+
+    def status(self) -> messages.StatusReport:
+        """What the broker knows: donors, and this tenant's leases, stores and sessions.
+
+        Raises BrokerUnavailable, DeadlineExceeded.
+        """
+        return self._request(messages.Status(), messages.StatusReport)
+
+    def close(self) -> None:
+        """Ends the session. Its leases are freed at once. Closing twice does nothing."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            loop, self._loop = self._loop, None
+        for store in self._stores.values():
+            store.shut()
+        for region in self._regions.values():
+            region.shut()
+        if loop is not None:
+            loop.stop(_CLOSE_S)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- for stores and regions -----------------------------------------------------------------------
+
+    def ensure_open(self) -> None:
+        """Raises ClosedError. In a forked child, starts its own session if there is none yet."""
+        self._running()
+
+    def locate(self, lease: bytes, timeout_s: float) -> messages.Place:
+        """Where a lease is now, with a fresh ticket. Raises LeaseLost, BrokerUnavailable and others."""
+        return self._request(messages.Locate(lease=lease), messages.Located, timeout_s=timeout_s).place
+
+    def close_store(self, store: Store) -> None:
+        with self._lock:
+            self._stores.pop(store.spec.store, None)
+            for keeper in store.keepers:
+                self._keepers.pop(keeper.place.lease, None)
+        self._leave_store(store.spec.store)
+
+    def close_region(self, region: Region) -> None:
+        with self._lock:
+            self._regions.pop(region.lease, None)
+            self._keepers.pop(region.lease, None)
+            loop = self._loop
+        if loop is not None and loop.control.session == region.owner:
+            self._release_lease(region.lease)
+
+    def _leave_store(self, identity: bytes) -> None:
+        self._tell(messages.CloseStore(store=identity), lambda: self._held_stores.discard(identity))
+
+    def _release_lease(self, lease: bytes) -> None:
+        self._tell(messages.ReleaseLease(lease=lease), lambda: self._held_regions.discard(lease))
+
+    def _tell(self, message: messages.Message, drop: Callable[[], None]) -> None:
+        """Gives something back. A broker that is away learns it from what we say after a reconnect."""
+        try:
+            loop = self._running()
+
+            async def tell() -> None:
+                drop()
+                await loop.control.request(message, messages.Done, min(self.timeout, _CLOSE_S))
+
+            loop.call(tell)
+        except MemfaasError as error:
+            log.info("%s: %s", type(message).__name__, error)
+
+    def _request(
+        self,
+        message: messages.Message,
+        reply: type[R],
+        then: Callable[[Control, R], object] | None = None,
+        timeout_s: float | None = None,
+    ) -> R:
+        """Asks the broker. `then` is called with the answer in the control thread, before anything else."""
+        control = (loop := self._running()).control
+
+        async def ask() -> R:
+            answer = await control.request(message, reply, self.timeout if timeout_s is None else timeout_s)
+            if then is not None:
+                then(control, answer)
+            return answer
+
+        return loop.call(ask)
+
+    # --- called by the control thread ---------------------------------------------------------------
+
+    def holdings(self) -> Holdings:
+        return Holdings(list(self._held_stores), list(self._held_regions))
+
+    def fabrics(self) -> dict[str, int]:
+        counts = Counter[str]()
+        for store in list(self._stores.values()):
+            counts.update(store.fabrics())
+        counts.update(region.fabric for region in list(self._regions.values()) if region.fabric)
+        return dict(counts)
+
+    def on_gone(self, lease: bytes, reason: str) -> None:
+        self._held_regions.discard(lease)
+        keeper = self._keepers.get(lease)
+        if keeper is not None:
+            keeper.lose(reason)
+
+    # --- fork and exit --------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In the child: lets go of the parent's connection. Its thread is not here."""
+        self._lock = threading.Lock()
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            loop.control.close_after_fork()
+        self._held_regions.clear()
+        for keeper in self._keepers.values():
+            keeper.after_fork()
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for session in list(_sessions):
+        session.after_fork()
+
+
+def _close_all() -> None:
+    for session in list(_sessions):
+        session.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)
