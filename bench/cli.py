@@ -1,0 +1,187 @@
+"""The commands `memfaas bench ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memfaas.bench import bars, idle, kv, lease, report, result
+from memfaas.bench.peers import SYSTEMS
+from memfaas.bench.plan import SIZES
+from memfaas.bench.run import LEAST_ROUNDS
+from memfaas.errors import UsageError
+from memfaas.units import format_size, parse_duration, parse_size
+
+QUICK_SECONDS = 15.0
+
+Report = Callable[[float, str], None]
+
+
+class _Size(click.ParamType[Any]):
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            size = parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), parameter, context)
+        if size not in SIZES:
+            self.fail(f"the sizes are {', '.join(format_size(s) for s in SIZES)}", parameter, context)
+        return size
+
+
+class _Duration(click.ParamType[Any]):
+    name = "duration"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            return parse_duration(value)
+        except UsageError as error:
+            self.fail(str(error), parameter, context)
+
+
+def _options(command: Callable[..., None]) -> Callable[..., None]:
+    """What `kv` and `compare` have in common."""
+    for option in (
+        click.option("--strict", is_flag=True, help="Exit with status 1 unless every bar was measured and reached."),
+        click.option(
+            "--output",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=Path("results"),
+            show_default=True,
+            help="Where the JSON file and the plot go.",
+        ),
+        click.option("--quick", is_flag=True, help=f"A first impression in about {QUICK_SECONDS:.0f} s of measuring."),
+        click.option(
+            "--seconds", type=_Duration(), help="How long to measure; the rounds are repeated until it is over."
+        ),
+        click.option("--size", "sizes", type=_Size(), multiple=True, help="Only values of this size; may be repeated."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group("bench")
+def bench() -> None:
+    """Measure memfaas, and what you would use instead, on this machine.
+
+    Everything that is measured is started by the benchmark, on the loopback interface and in
+    temporary directories, and ended by it. Systems take turns in a new order in each round, so that
+    a noisy machine is noisy for all of them: trust the ratios more than the microseconds.
+    """
+
+
+@bench.command("kv")
+@_options
+def kv_command(sizes: tuple[int, ...], seconds: float | None, quick: bool, output: Path, strict: bool) -> None:
+    """Put and get over each fabric, beside the floors of this machine.
+
+    The floors are a plain memory copy and a bare blocking round trip in C over TCP. Then the time
+    from lease to first byte, and what an idle donor costs. Bars that need a peer are named as not
+    measured: `compare` runs the peers too.
+    """
+    _measure("kv", kv.OURS, sizes, seconds, 60.0, quick, output, strict)
+
+
+@bench.command("compare")
+@click.option(
+    "--peer",
+    "peers",
+    type=click.Choice([name for name, system in SYSTEMS.items() if system.kind == "peer"]),
+    multiple=True,
+    help="Only this peer; may be repeated.",
+)
+@_options
+def compare_command(
+    peers: tuple[str, ...], sizes: tuple[int, ...], seconds: float | None, quick: bool, output: Path, strict: bool
+) -> None:
+    """As `kv`, with Redis, memcached, LMDB, Mooncake Store and DragonHPC beside it in the same run.
+
+    A peer that is not installed or does not start is named as skipped, with the reason. Get them
+    with `make peers`.
+    """
+    names = [name for name, system in SYSTEMS.items() if system.kind != "peer" or not peers or name in peers]
+    _measure("compare", names, sizes, seconds, 180.0, quick, output, strict)
+
+
+@bench.command("lease")
+@click.option("--grants", type=click.IntRange(min=1), default=60, show_default=True, help="How many leases to take.")
+def lease_command(grants: int) -> None:
+    """From the request for a lease to the first byte served, for a region and for a store."""
+    with _progress() as progress:
+        figures = lease.measure_leases(grants, progress)
+    Console().print(report.show_leases(figures))
+
+
+@bench.command("idle")
+@click.option("--seconds", type=_Duration(), default=10.0, show_default=True, help="How long to watch.")
+def idle_command(seconds: float) -> None:
+    """What a donor and its memory functions cost while nobody asks anything of them."""
+    with _progress() as progress:
+        figures = idle.measure_idle(seconds, progress)
+    Console().print(report.show_idle(figures))
+
+
+def _measure(
+    command: str,
+    names: tuple[str, ...] | list[str],
+    sizes: tuple[int, ...],
+    seconds: float | None,
+    default_seconds: float,
+    quick: bool,
+    output: Path,
+    strict: bool,
+) -> None:
+    budget = seconds if seconds is not None else QUICK_SECONDS if quick else default_seconds
+    output.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        found = kv.measure_systems(
+            names,
+            sorted(sizes or SIZES),
+            budget,
+            command=command,
+            least_rounds=1 if quick else LEAST_ROUNDS,
+            report=progress,
+        )
+        if not quick:
+            found.leases = lease.measure_leases(lease.GRANTS, progress)
+            found.idle = idle.measure_idle(idle.SECONDS, progress)
+    found.verdicts = bars.judge(found)
+    console = Console()
+    console.print(report.show(found))
+    stem = output / f"bench-{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    _write(found, stem, console)
+    if strict and bars.missed(found.verdicts):
+        sys.exit(1)
+
+
+def _write(found: result.Result, stem: Path, console: Console) -> None:
+    table = stem.with_suffix(".json")
+    result.write(found, table)
+    console.print(f"figures: {table}")
+    try:
+        from memfaas.bench.plot import plot
+
+        plot(found, stem.with_suffix(".png"))
+    except ImportError as error:
+        console.print(f"no plot: {error}; matplotlib comes with the extra memfaas[bench]")
+    else:
+        console.print(f"plot: {stem.with_suffix('.png')}")
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A bar on the terminal, which is gone when all is done."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda share, doing: progress.update(task, completed=min(1.0, share), description=doing)
