@@ -226,16 +226,17 @@ class Channel:
 
     async def _send(self, kind: int, number: int, payload: bytes) -> None:
         data = frame(msgpack.packb([kind, number, payload]))
-        try:
-            async with self._send_lock:
+        async with self._send_lock:
+            await trio.lowlevel.checkpoint_if_cancelled()  # up to here it costs the others nothing
+            try:
                 await self._stream.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._closed = True
-            raise TransportError(f"the connection to {self.peer} broke") from error
-        except trio.Cancelled:
-            # A frame may have gone out by half: nothing sensible can follow it.
-            await trio.aclose_forcefully(self._stream)
-            raise
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self._closed = True
+                raise TransportError(f"the connection to {self.peer} broke") from error
+            except trio.Cancelled:
+                # A frame may have gone out by half: nothing sensible can follow it.
+                await trio.aclose_forcefully(self._stream)
+                raise
 
     async def request(self, message: Message, reply: type[R], timeout_s: float = math.inf) -> R:
         """Asks and waits. Raises the peer's error, TransportError, DeadlineExceeded."""
@@ -288,7 +289,9 @@ async def dial(host: str, port: int, role: str, credentials: auth.Credentials) -
         with trio.fail_after(HANDSHAKE_TIMEOUT_S):
             stream = await trio.open_tcp_stream(host, port)
     except (OSError, trio.TooSlowError) as error:
-        raise BrokerUnavailable(f"no broker answers at {where} ({_reason(error)}); is `memfaas broker` running there?") from error
+        raise BrokerUnavailable(
+            f"no broker answers at {where} ({_reason(error)}); is `memfaas broker` running there?"
+        ) from error
     try:
         await greet(stream, role, credentials)
     except (EOFError, trio.BrokenResourceError, trio.TooSlowError) as error:
@@ -306,4 +309,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.__cause__ is not None and isinstance(error.__cause__, BaseExceptionGroup):
         return "; ".join(sorted({str(e) for e in error.__cause__.exceptions}))
     return str(error)
-
