@@ -1,0 +1,409 @@
+"""The broker: knows donors and leases, places, grants, renews, and ends what is not renewed.
+
+`Tables` has the rules, `memfaas.server.sessions` what sessions may ask; here are the connections,
+the talk with donors, and the waiting. The broker keeps nothing on disk: for a moment after its start
+it waits for donors and sessions of an earlier life, before it says that something does not exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import trio
+
+from memfaas import _accept, auth, rpc
+from memfaas.addresses import Address
+from memfaas.config import BrokerSettings
+from memfaas.errors import (
+    AccessError,
+    CapacityError,
+    ClosedError,
+    LeaseLost,
+    MemfaasError,
+    ProtocolError,
+    TransportError,
+    UsageError,
+)
+from memfaas.messages import (
+    DonorReport,
+    Free,
+    Freed,
+    Grant,
+    Granted,
+    Hello,
+    LeaseGone,
+    Message,
+    OpenStore,
+    Register,
+    Registered,
+    StoreSpec,
+)
+from memfaas.server import process
+from memfaas.server.lobby import Lobby
+from memfaas.server.placement import Placer
+from memfaas.server.sessions import SessionPeer
+from memfaas.server.tables import Lease, Outcome, Room, Store, Tables, ToFree, ToTell
+
+GRANT_TIMEOUT_S = 10.0
+FREE_TIMEOUT_S = 60.0
+"""A donor gives 4 KiB pages back at a few GiB/s, so a large lease takes a while."""
+NOTICE_TIMEOUT_S = 5.0
+SETTLE_S = 1.0
+"""After its start, a broker waits this long for signs of an earlier life."""
+RETURN_S = 3.0
+"""How long a request waits for donors that are known to be on their way back."""
+_GRANT_ROUNDS = 4
+_STRANGERS = 512
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Message)
+logger = logging.getLogger(__name__)
+
+
+class Broker:
+    """Serves connections within `run`."""
+
+    def __init__(self, secret: bytes, ttl: float, placer: Placer | None = None) -> None:
+        self.secret = secret
+        self.placer = placer if placer is not None else Placer()
+        self.tables = Tables(trio.current_time, ttl, self.placer.cost)
+        self.started_at = trio.current_time()
+        self.settled_at = self.started_at + SETTLE_S
+        self._lobby = Lobby(_STRANGERS)
+        self._donors: dict[str, rpc.Channel] = {}
+        self._sessions: dict[bytes, rpc.Channel] = {}
+        self._changed = trio.Event()
+        self._sooner = trio.Event()
+        self._wakes_at = 0.0
+        self._nursery: trio.Nursery
+
+    async def run(self, listeners: list[trio.SocketListener]) -> None:
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._expire)
+            await trio.serve_listeners(self._on_connection, listeners)
+
+    # --- connections ----------------------------------------------------------------------------
+
+    async def _on_connection(self, stream: trio.SocketStream) -> None:
+        peer = "a stranger"
+        try:
+            peer = str(stream.socket.getpeername()[0])
+            process.notice_dead_peers(stream.socket)
+            hello = None
+            with self._lobby.stranger(rpc.HANDSHAKE_TIMEOUT_S):
+                hello = await rpc.admit(stream, self.secret)
+            if hello is not None:
+                peer = f"{hello.role} {hello.name} at {peer}"
+                await self._serve(stream, hello, peer)
+        except (OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
+            logger.debug("%s went before it was admitted: %r", peer, error)
+        except MemfaasError as error:
+            logger.warning("%s: connection closed: %s", peer, error)
+        except Exception:  # a fault in the service of one connection must not end the others
+            logger.exception("%s: connection closed", peer)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    async def _serve(self, stream: trio.SocketStream, hello: Hello, peer: str) -> None:
+        handler = SessionPeer(self, hello.name) if hello.role == "session" else _DonorPeer(self, hello.name)
+        handler.channel = rpc.Channel(stream, handler, peer)
+        try:
+            await handler.channel.run()
+        finally:
+            handler.ended()
+
+    def session_opened(self, session: bytes, channel: rpc.Channel) -> None:
+        """Of several connections of a session the newest counts: the others are half dead."""
+        previous = self._sessions.get(session)
+        self._sessions[session] = channel
+        if previous is not None and previous is not channel:
+            self._nursery.start_soon(previous.aclose)
+
+    def session_ended(self, session: bytes, channel: rpc.Channel) -> None:
+        if self._sessions.get(session) is channel:
+            del self._sessions[session]
+            self.tables.disconnect_session(session)
+
+    def donor_opened(self, message: Register, channel: rpc.Channel) -> Registered:
+        name = message.donor
+        if name in self._donors:
+            raise UsageError(f"a donor named {name!r} is connected already; each needs a name of its own")
+        self._donors[name] = channel
+        outcome = self.tables.register(name, message.node, message.host, message.memory, message.held)
+        logger.info("donor %s at %s: registered, holds %d leases", name, message.host, len(message.held))
+        if message.held:
+            self.saw_earlier_life()
+        drop = [one.lease for one in outcome.free if one.donor == name]
+        outcome.free = [one for one in outcome.free if one.donor != name]
+        self._nursery.start_soon(self.carry_out, outcome)
+        return Registered(drop=drop)
+
+    def donor_ended(self, name: str, channel: rpc.Channel) -> None:
+        if self._donors.get(name) is channel:
+            logger.info("donor %s: disconnected", name)
+            del self._donors[name]
+            self.tables.disconnect_donor(name)
+            self.announce()
+
+    def donor_reported(self, name: str, report: DonorReport) -> None:
+        self.tables.report(name, report.memory, report.links)
+        self.announce()
+
+    def donor_lost(self, name: str, notice: LeaseGone) -> None:
+        logger.warning("lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
+        self._nursery.start_soon(self.carry_out, self.tables.lost(name, notice.lease, notice.reason))
+
+    def saw_earlier_life(self) -> None:
+        """Somebody knows this broker from before: others will be back soon, too."""
+        if trio.current_time() < self.settled_at:
+            self.settled_at = self.started_at + RETURN_S
+
+    # --- waiting --------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Something changed: whoever waits looks again."""
+        self._changed.set()
+        self._changed = trio.Event()
+        if self.tables.next_deadline() < self._wakes_at:
+            self._sooner.set()
+
+    async def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        with trio.move_on_at(deadline):
+            while not condition():
+                await self._changed.wait()
+            return True
+        return False
+
+    async def wait_settled(self, condition: Callable[[], bool]) -> None:
+        """Waits for a condition, but only while the broker learns what was before it."""
+        while not condition() and trio.current_time() < self.settled_at:  # which may be put off meanwhile
+            await self.wait_until(condition, self.settled_at)
+
+    async def detached(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Does work that must come to its end even when the one who asked for it goes away."""
+        results: list[T | MemfaasError] = []
+        done = trio.Event()
+
+        async def run() -> None:
+            try:
+                results.append(await work())
+            except MemfaasError as error:
+                results.append(error)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(run)
+        await done.wait()
+        if not results:
+            raise TransportError("the broker is stopping")
+        if isinstance(results[0], MemfaasError):
+            raise results[0]
+        return results[0]
+
+    async def _expire(self) -> None:
+        while True:
+            self._sooner = trio.Event()
+            self._wakes_at = self.tables.next_deadline()
+            with trio.move_on_at(self._wakes_at):
+                await self._sooner.wait()
+            outcome = self.tables.expire()
+            for one in outcome.tell + outcome.free:
+                logger.info("lease %s is over: %s", one.lease.hex()[:8], one.reason)
+            self._nursery.start_soon(self.carry_out, outcome)
+
+    # --- granting -------------------------------------------------------------------------------
+
+    async def create_store(self, session: bytes, tenant: str, request: OpenStore, size: int) -> Store | None:
+        """A new store with all its shards granted; None when another has begun one of that name.
+
+        Raises CapacityError, TransportError, ClosedError.
+        """
+        excluded: set[str] = set()
+        for more in reversed(range(_GRANT_ROUNDS)):
+            placement = await self._place(lambda rooms: self.placer.store(size, rooms), excluded)
+            self._check_open(session)
+            if self.tables.find_store(tenant, request.name) is not None:
+                break
+            spec = StoreSpec(
+                store=secrets.token_bytes(16),
+                name=request.name,
+                tenant=tenant,
+                size=placement.shard_size * len(placement.donors),
+                shards=len(placement.donors),
+                shard_size=placement.shard_size,
+                persistent=request.persistent,
+                compression=request.compression,
+                on_reclaim=request.on_reclaim,
+            )
+            leases = self.tables.begin_store(session, spec, placement.donors)
+            failure = await self._grant(leases, excluded)
+            if failure is None:
+                logger.info("store %s of %s: made, %d shards on %s", spec.name, tenant, spec.shards, placement.donors)
+                self.announce()
+                return self.tables.stores[spec.store]
+            await self.carry_out(self.tables.abandon_store(spec.store, f"it could not be granted: {failure}"))
+            if not more:
+                raise failure
+        return None
+
+    async def create_region(self, session: bytes, tenant: str, size: int) -> Lease:
+        """A new region, granted. Raises like `create_store`."""
+        excluded: set[str] = set()
+        rounds = 0
+        while True:
+            donor = await self._place(lambda rooms: self.placer.region(size, rooms), excluded)
+            self._check_open(session)
+            lease = self.tables.begin_region(session, tenant, secrets.token_bytes(16), size, donor)
+            failure = await self._grant([lease], excluded)
+            if failure is None:
+                logger.info("lease %s of %s: granted on %s", lease.spec.lease.hex()[:8], tenant, donor)
+                return lease
+            await self.carry_out(self.tables.abandon_region(lease.spec.lease, f"it could not be granted: {failure}"))
+            rounds += 1
+            if rounds == _GRANT_ROUNDS:
+                raise failure
+
+    def _check_open(self, session: bytes) -> None:
+        if session not in self.tables.sessions:
+            raise ClosedError("the session was closed")
+
+    async def _place(self, choose: Callable[[list[Room]], T], excluded: set[str]) -> T:
+        """Waits a moment for room while donors are on their way back."""
+        limit = trio.current_time() + RETURN_S
+        while True:
+            changed = self._changed
+            try:
+                return choose([room for room in self.tables.rooms() if room.donor not in excluded])
+            except CapacityError as error:
+                failure = error
+            with trio.move_on_at(min(limit, self._donors_back_by())) as scope:
+                await changed.wait()
+            if scope.cancelled_caught:
+                left_out = f" (left out, because a grant failed there: {', '.join(excluded)})" if excluded else ""
+                raise CapacityError(f"{failure}{left_out}")
+
+    def _donors_back_by(self) -> float:
+        away = [donor.away_since + RETURN_S for donor in self.tables.donors.values() if not donor.connected]
+        return max([self.settled_at, *away])
+
+    async def _grant(self, leases: list[Lease], excluded: set[str]) -> MemfaasError | None:
+        """Asks the donors of all the leases at once; returns one of the failures, if there are any."""
+        failures: list[MemfaasError] = []
+
+        async def grant(lease: Lease) -> None:
+            try:
+                granted = await self._ask(lease.donor, Grant(spec=lease.spec), Granted, GRANT_TIMEOUT_S)
+            except MemfaasError as error:
+                logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], lease.donor, error)
+                failures.append(error)
+                if not isinstance(error, CapacityError):  # then its next report says what it has
+                    excluded.add(lease.donor)
+                return
+            if not self.tables.granted(lease.spec.lease, granted.endpoint, granted.memory):
+                # Its end was told to the donor perhaps before the donor had begun.
+                await self._free(ToFree(lease.donor, lease.spec.lease, "it ended while it was being granted"))
+                failures.append(LeaseLost(f"lease {lease.spec.lease.hex()[:8]} ended while it was being granted"))
+
+        async with trio.open_nursery() as nursery:
+            for lease in leases:
+                nursery.start_soon(grant, lease)
+        return failures[0] if failures else None
+
+    async def _ask(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
+        channel = self._donors.get(donor)
+        if channel is None:
+            raise TransportError(f"donor {donor} is not connected")
+        return await channel.request(message, reply, timeout_s)
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    async def carry_out(self, outcome: Outcome) -> None:
+        """Says to donors and sessions what has ended. A donor that is away is told when it comes back."""
+        async with trio.open_nursery() as nursery:
+            for telling in outcome.tell:
+                nursery.start_soon(self._tell, telling)
+            for freeing in outcome.free:
+                nursery.start_soon(self._free, freeing)
+        self.announce()
+
+    async def _tell(self, telling: ToTell) -> None:
+        channel = self._sessions.get(telling.session)
+        if channel is None:
+            return  # its next renewal tells it
+        try:
+            with trio.move_on_after(NOTICE_TIMEOUT_S):
+                await channel.notify(LeaseGone(lease=telling.lease, reason=telling.reason))
+        except TransportError:
+            pass
+
+    async def _free(self, freeing: ToFree) -> None:
+        channel = self._donors.get(freeing.donor)
+        if channel is None:
+            return
+        try:
+            freed = await channel.request(Free(lease=freeing.lease, reason=freeing.reason), Freed, FREE_TIMEOUT_S)
+        except MemfaasError as error:
+            logger.warning("lease %s: donor %s did not free it: %s", freeing.lease.hex()[:8], freeing.donor, error)
+            await channel.aclose()  # when it registers again it is told once more
+        else:
+            self.tables.freed(freeing.donor, freeing.lease, freed.memory)
+
+
+class _DonorPeer:
+    """What donors may ask and say."""
+
+    channel: rpc.Channel
+
+    def __init__(self, broker: Broker, name: str) -> None:
+        self._broker = broker
+        self._name = name
+        self._registered = False
+
+    async def on_request(self, message: Message) -> Message:
+        if not isinstance(message, Register) or self._registered:
+            raise ProtocolError(f"a donor does not ask {type(message).__name__} now")
+        if message.donor != _accept.donor_name(self._name):
+            raise AccessError(f"donor {self._name!r} registers as {message.donor!r}")
+        reply = self._broker.donor_opened(message, self.channel)
+        self._registered = True
+        return reply
+
+    def on_notice(self, message: Message) -> None:
+        if not self._registered:
+            raise ProtocolError("a donor registers first")
+        if isinstance(message, DonorReport):
+            self._broker.donor_reported(self._name, message)
+        elif isinstance(message, LeaseGone):
+            self._broker.donor_lost(self._name, message)
+        else:
+            raise ProtocolError(f"a donor does not say {type(message).__name__}")
+
+    def ended(self) -> None:
+        self._broker.donor_ended(self._name, self.channel)
+
+
+async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = process.announce) -> None:
+    """Runs a broker until it is cancelled. `on_ready` gets `address` (as text) once it listens.
+
+    Raises AccessError for the secret file, UsageError for an address that cannot be listened on.
+    """
+    secret = auth.read_secret(settings.secret_file)
+    process.allow_many_files()
+    broker = Broker(secret, settings.lease_ttl)
+    try:
+        listeners = await trio.open_tcp_listeners(settings.listen_port, host=settings.listen_host, backlog=4096)
+    except OSError as error:
+        where = Address(settings.listen_host, settings.listen_port)
+        raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from error
+    address = Address(settings.listen_host, listeners[0].socket.getsockname()[1])
+    logger.info("broker: listens on %s, leases live %g s", address, settings.lease_ttl)
+    on_ready(role="broker", address=str(address))
+    await broker.run(listeners)
+
+
+def main(settings: BrokerSettings) -> None:
+    """`memfaas broker`: runs until SIGTERM or SIGINT."""
+    trio.run(process.until_signal, lambda: run_broker(settings))

@@ -1,0 +1,118 @@
+"""Which donors get a store's shards, or a region: a pure function of what each could lend.
+
+A store is spread over as many donors as have room, in shards of equal size, one for each donor
+where possible. Small donors do not limit large stores: then large donors get several shards.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from memfaas import _native
+from memfaas.errors import CapacityError, UsageError
+from memfaas.messages import Kind
+from memfaas.server.tables import Room
+from memfaas.units import KIB, format_size
+
+SPAN = 256 * KIB
+"""Sizes of shards are multiples of this."""
+MAX_SHARDS = 64
+
+
+def lease_bytes(kind: Kind, size: int) -> int:
+    """What a lease of this many usable bytes takes of its donor's memory."""
+    data, control = _native.geometry(kind, size)
+    return data + control
+
+
+@dataclass(frozen=True)
+class Placement:
+    donors: list[str]
+    """By shard."""
+    shard_size: int
+
+
+class Placer:
+    """Places by a given measure of what a lease takes (`lease_bytes`, or a test's own)."""
+
+    def __init__(self, cost: Callable[[Kind, int], int] = lease_bytes, min_shard: int = _native.MIN_SHARD) -> None:
+        self.cost = cost
+        self._min_shard = _round_up(min_shard)
+
+    def store(self, size: int, rooms: list[Room]) -> Placement:
+        """Raises CapacityError when the store fits nowhere, UsageError for a size that is no size."""
+        if size <= 0:
+            raise UsageError("a store needs a size of at least one byte")
+        for shards in self._counts(size, rooms):
+            shard_size = self._shard_size(size, shards)
+            donors = _spread(shards, self.cost("shard", shard_size), rooms)
+            if donors is not None:
+                return Placement(donors, shard_size)
+        largest = self._largest_store(rooms)
+        raise CapacityError(
+            f"no room for a store of {format_size(size)}; {_offer(rooms)}"
+            + (f"; the largest store that fits now has {largest} bytes ({format_size(largest)})" if largest else "")
+        )
+
+    def region(self, size: int, rooms: list[Room]) -> str:
+        """The donor for a region. Raises like `store`."""
+        if size <= 0:
+            raise UsageError("a region needs a size of at least one byte")
+        donors = _spread(1, self.cost("region", size), rooms)
+        if donors is None:
+            raise CapacityError(f"no donor has room for a region of {format_size(size)}; {_offer(rooms)}")
+        return donors[0]
+
+    def _counts(self, size: int, rooms: list[Room]) -> Iterator[int]:
+        """Numbers of shards to try: one for each donor that could take the smallest, then more, then fewer."""
+        smallest = self.cost("shard", self._min_shard)
+        with_room = sum(room.free >= smallest for room in rooms)
+        most = max(1, min(MAX_SHARDS, size // self._min_shard))
+        first = max(1, min(with_room, most))
+        yield from range(first, most + 1)
+        yield from range(first - 1, 0, -1)
+
+    def _shard_size(self, size: int, shards: int) -> int:
+        return max(self._min_shard, _round_up(-(-size // shards)))
+
+    def _largest_store(self, rooms: list[Room]) -> int:
+        """About the largest: by bisection over sizes, for a few numbers of shards."""
+        total = sum(room.free for room in rooms)
+        best = 0
+        for shards in {1, min(MAX_SHARDS, max(1, len(rooms))), MAX_SHARDS}:
+            low, high = 0, total // shards // SPAN + 1  # in spans for each shard; `low` fits, `high` does not
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = _spread(shards, self.cost("shard", middle * SPAN), rooms) is not None
+                low, high = (middle, high) if fits else (low, middle)
+            if low * SPAN >= self._min_shard:
+                best = max(best, low * SPAN * shards)
+        return best
+
+
+def _round_up(size: int) -> int:
+    return -(-size // SPAN) * SPAN
+
+
+def _spread(shards: int, cost: int, rooms: list[Room]) -> list[str] | None:
+    """A donor for each of so many equal leases, as even as their room allows; None when they do not fit."""
+    if sum(room.free // cost for room in rooms) < shards:
+        return None
+    # Donors with equal room take turns in an order of chance, or the first would get every small store.
+    order = sorted(random.sample(rooms, len(rooms)), key=lambda room: -room.free)
+    chosen: list[str] = []
+    held = 0
+    while len(chosen) < shards:
+        held += 1
+        chosen += [room.donor for room in order if room.free >= held * cost][: shards - len(chosen)]
+    return chosen
+
+
+def _offer(rooms: list[Room]) -> str:
+    if not rooms:
+        return "no donor is connected"
+    total, most = sum(room.free for room in rooms), max(room.free for room in rooms)
+    donors = "1 donor" if len(rooms) == 1 else f"{len(rooms)} donors"
+    return f"{donors} could lend {format_size(total)} in all, {format_size(most)} at most by one"

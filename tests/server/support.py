@@ -1,0 +1,205 @@
+"""A broker on loopback, and peers that speak to it over real sockets."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import trio
+
+from memfaas import auth, messages, rpc
+from memfaas.errors import CapacityError, MemfaasError, TransportError
+from memfaas.messages import Endpoint, HeldLease, Memory, Message
+from memfaas.server.broker import Broker
+from memfaas.units import MIB
+
+SECRET = bytes(range(32))
+LIMIT_S = 20.0
+"""For what a test waits for: far more than it takes, so that only a hang is a failure."""
+
+R = TypeVar("R", bound=Message)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while not condition():  # noqa: ASYNC110  # what it looks at sends no events
+            await trio.sleep(0.005)
+
+
+class Served:
+    """A running broker."""
+
+    def __init__(self, broker: Broker, port: int, scope: trio.CancelScope) -> None:
+        self.broker = broker
+        self.port = port
+        self._scope = scope
+
+    def kill(self) -> None:
+        self._scope.cancel()
+
+
+async def serve_broker(nursery: trio.Nursery, *, port: int = 0, ttl: float = 30.0) -> Served:
+    """Starts a broker in this process; `kill` drops all its connections and all that it knows."""
+    listeners = await trio.open_tcp_listeners(port, host="127.0.0.1")
+    broker = Broker(SECRET, ttl)
+    scope = trio.CancelScope()
+
+    async def run() -> None:
+        with scope:
+            await broker.run(listeners)
+
+    nursery.start_soon(run)
+    return Served(broker, listeners[0].socket.getsockname()[1], scope)
+
+
+class Client:
+    """A session's side of a control connection."""
+
+    def __init__(self, channel: rpc.Channel, session: bytes) -> None:
+        self.channel = channel
+        self.session = session
+        self.gone: list[messages.LeaseGone] = []
+
+    async def on_request(self, message: Message) -> Message:
+        raise AssertionError(f"the broker asked {message}")
+
+    def on_notice(self, message: Message) -> None:
+        assert isinstance(message, messages.LeaseGone)
+        self.gone.append(message)
+
+    async def ask(self, message: Message, reply: type[R]) -> R:
+        return await self.channel.request(message, reply, LIMIT_S)
+
+    async def open_store(
+        self, name: str = "s", size: int | None = 8 * MIB, persistent: bool = False
+    ) -> messages.StoreOpened:
+        return await self.ask(messages.OpenStore(name=name, size=size, persistent=persistent), messages.StoreOpened)
+
+    async def open_region(self, size: int = MIB) -> messages.Place:
+        return (await self.ask(messages.OpenRegion(size=size), messages.RegionGranted)).place
+
+    async def locate(self, lease: bytes) -> messages.Place:
+        return (await self.ask(messages.Locate(lease=lease), messages.Located)).place
+
+    async def status(self) -> messages.StatusReport:
+        return await self.ask(messages.Status(), messages.StatusReport)
+
+
+@asynccontextmanager
+async def client(
+    port: int,
+    tenant: str = "ann",
+    session: bytes | None = None,
+    stores: list[bytes] | None = None,
+    leases: list[bytes] | None = None,
+) -> AsyncIterator[Client]:
+    stream = await rpc.dial("127.0.0.1", port, "session", auth.Credentials.of_tenant(SECRET, tenant))
+    self = Client.__new__(Client)
+    self.__init__(rpc.Channel(stream, self, "broker"), session or secrets.token_bytes(16))  # type: ignore[misc]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(self.channel.run)
+        await self.ask(
+            messages.OpenSession(session=self.session, stores=stores or [], leases=leases or []),
+            messages.SessionOpened,
+        )
+        yield self
+        nursery.cancel_scope.cancel()
+
+
+class FakeDonor:
+    """Speaks like a donor, and holds leases without any memory. Reconnects like one."""
+
+    def __init__(self, name: str, offered: int = 256 * MIB) -> None:
+        self.name = name
+        self.offered = offered
+        self.held: dict[bytes, HeldLease] = {}
+        self.freed: list[bytes] = []
+        self.before_grant: Callable[[messages.Grant], Awaitable[None]] | None = None
+        self.channel: rpc.Channel | None = None
+        self._scope = trio.CancelScope()
+
+    def memory(self) -> Memory:
+        leased = sum(one.spec.size for one in self.held.values())
+        return Memory(
+            offered=self.offered, leased=leased, populated=leased, available=self.offered - leased + MIB, headroom=MIB
+        )
+
+    async def run(self, port: int) -> None:
+        credentials = auth.Credentials.of_donor(SECRET, self.name)
+        self._scope = trio.CancelScope()
+        with self._scope:
+            while True:
+                try:
+                    stream = await rpc.dial("127.0.0.1", port, "donor", credentials)
+                    await self._serve(stream)
+                except TransportError:
+                    pass
+                await trio.sleep(0.02)
+
+    def kill(self) -> None:
+        """The agent dies; what it holds stays held until another `run`."""
+        self._scope.cancel()
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        channel = rpc.Channel(stream, self, "broker")
+        async with trio.open_nursery() as nursery:
+
+            async def serve() -> None:
+                await channel.run()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(serve)
+            registered = await channel.request(
+                messages.Register(
+                    donor=self.name,
+                    node="node-" + self.name,
+                    host="127.0.0.1",
+                    memory=self.memory(),
+                    held=list(self.held.values()),
+                ),
+                messages.Registered,
+                LIMIT_S,
+            )
+            for lease in registered.drop:
+                self.free(lease)
+                await channel.notify(messages.LeaseGone(lease=lease, reason="dropped"))
+            self.channel = channel
+            await trio.sleep(math.inf)
+
+    def free(self, lease: bytes) -> None:
+        if self.held.pop(lease, None) is not None:
+            self.freed.append(lease)
+
+    async def on_request(self, message: Message) -> Message:
+        if isinstance(message, messages.Grant):
+            if self.before_grant is not None:
+                await self.before_grant(message)
+            if message.spec.size > self.memory().available - MIB:
+                raise CapacityError("it would cut into the headroom")
+            endpoint = Endpoint(node="node-" + self.name, unix_path=f"/{self.name}", host="127.0.0.1", port=7)
+            self.held[message.spec.lease] = HeldLease(spec=message.spec, endpoint=endpoint)
+            return messages.Granted(endpoint=endpoint, memory=self.memory())
+        assert isinstance(message, messages.Free)
+        self.free(message.lease)
+        return messages.Freed(memory=self.memory())
+
+    def on_notice(self, message: Message) -> None:
+        raise AssertionError(f"the broker said {message}")
+
+
+async def start_donors(nursery: trio.Nursery, served: Served, *donors: FakeDonor) -> None:
+    for donor in donors:
+        nursery.start_soon(donor.run, served.port)
+    await eventually(lambda: {donor.name for donor in donors} <= set(served.broker.tables.donors))
+
+
+async def refusal(what: Awaitable[object]) -> MemfaasError:
+    """The error that this raises."""
+    try:
+        await what
+    except MemfaasError as error:
+        return error
+    raise AssertionError("it was not refused")
