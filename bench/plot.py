@@ -12,6 +12,8 @@ from memfaas.units import MIB, format_size
 _COLORS = {
     "memfaas shm": "#1a7f37",
     "memfaas tcp": "#0969da",
+    "memory copy": "#57606a",
+    "C round trip": "#afb8c1",
     "LMDB": "#bf8700",
     "redis (unix)": "#cf222e",
     "redis (tcp)": "#ff8182",
@@ -19,8 +21,8 @@ _COLORS = {
     "Mooncake Store (tcp)": "#bf3989",
     "DragonHPC DDict": "#953800",
 }
-_FLOOR_COLOR = "#8c959f"
 _FLOOR_LINES = {"memory copy": ":", "C round trip": "--"}
+_HATCHES = {"memory copy": "..", "C round trip": "//"}
 
 
 def plot(result: Result, path: Path) -> None:
@@ -31,7 +33,8 @@ def plot(result: Result, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shared = any(cell.clients > 1 for cell in result.cells)
-    figure, axes = plt.subplots(3 if shared else 2, 2, figsize=(14, 17 if shared else 12), layout="constrained")
+    rows = 3 if shared else 2
+    figure, axes = plt.subplots(rows, 2, figsize=(14, 5.6 * rows), sharey="row", layout="constrained")
     for column, op in enumerate(("put", "get")):
         _latency(axes[0][column], result, op)
         _throughput(axes[1][column], result, op)
@@ -42,7 +45,7 @@ def plot(result: Result, path: Path) -> None:
     machine = result.machine
     figure.suptitle(
         f"memfaas bench {result.command}, {result.started}\n"
-        f"{machine.processor}, {machine.cores} cores, Linux {machine.kernel}, {result.rounds} rounds",
+        f"{machine.processor}, {machine.cores} cores, Linux {machine.kernel}; medians of {result.rounds} rounds",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
@@ -50,7 +53,7 @@ def plot(result: Result, path: Path) -> None:
 
 
 def _latency(axes: Any, result: Result, op: str) -> None:
-    axes.set_title(f"{op}, one client: time of an operation (median; thin line to p99)")
+    axes.set_title(f"{op}, one client: time of one operation (thin line: up to p99)")
     for system in _present(result):
         cells = _row(result, system, op, 1)
         if not cells:
@@ -64,9 +67,8 @@ def _latency(axes: Any, result: Result, op: str) -> None:
     axes.set_yscale("log")
     sizes = _sizes(result)
     axes.set_xticks(sizes, [format_size(size) for size in sizes])
-    axes.set_xlabel("size of the value")
-    axes.set_ylabel("microseconds")
-    axes.grid(True, which="major", alpha=0.3)
+    axes.yaxis.set_major_formatter(lambda us, _: f"{us / 1e3:g} ms" if us >= 1e3 else f"{us:g} µs")
+    _tidy(axes, "both")
 
 
 def _throughput(axes: Any, result: Result, op: str) -> None:
@@ -98,15 +100,21 @@ def _bars(axes: Any, result: Result, op: str, clients: int, sizes: list[int], he
             [height(cell) for _, cell in places],
             width * 0.92,
             color=style["color"],
-            hatch="//" if system.kind == "floor" else None,
+            hatch=_HATCHES.get(system.name),
             edgecolor="white",
             linewidth=0.4,
         )
         if label:
             axes.bar_label(drawn, fmt=label, fontsize=7, padding=1)
     axes.set_xticks(range(len(sizes)), [format_size(size) for size in sizes])
-    axes.grid(True, axis="y", alpha=0.3)
+    _tidy(axes, "y")
+
+
+def _tidy(axes: Any, grid: str) -> None:
+    axes.grid(True, axis=grid, alpha=0.3)
     axes.set_axisbelow(True)
+    axes.tick_params(labelleft=True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _row(result: Result, system: SystemInfo, op: str, clients: int) -> list[Cell]:
@@ -125,11 +133,12 @@ def _sizes(result: Result) -> list[int]:
 
 
 def _style(system: SystemInfo) -> dict[str, Any]:
+    color = _COLORS.get(system.name, "#000000")
     if system.kind == "floor":
-        return {"color": _FLOOR_COLOR, "linestyle": _FLOOR_LINES.get(system.name, "--"), "linewidth": 1.3}
+        return {"color": color, "linestyle": _FLOOR_LINES.get(system.name, "--"), "linewidth": 1.5}
     heavy = system.kind == "memfaas"
     return {
-        "color": _COLORS.get(system.name, "#57606a"),
+        "color": color,
         "linewidth": 2.4 if heavy else 1.3,
         "marker": "o",
         "markersize": 5 if heavy else 3.5,

@@ -61,18 +61,27 @@ def show_idle(idle: IdleFigures) -> RenderableType:
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> RenderableType:
-    """The bars: one row for each bar and operation, with its figure at each size."""
-    table = _table()
-    for name in ("bar", "", "figures", "verdict"):
-        table.add_column(name)
+    """The bars, with their figure at each size or for each kind, and what could not be measured and why."""
+    sizes = sorted({verdict.size for verdict in verdicts if verdict.size is not None})
+    by_size, others = _table(), _table()
+    by_size.add_column("bar")
+    by_size.add_column("")
+    for size in sizes:
+        by_size.add_column(format_size(size), justify="right", no_wrap=True)
+    by_size.add_column("")
+    for name in ("bar", "", "figure", ""):
+        others.add_column(name)
     for bar in BARS:
-        mine = [verdict for verdict in verdicts if verdict.bar == bar.text]
         name = bar.text
-        for op in dict.fromkeys(verdict.op for verdict in mine):
-            of_op = [verdict for verdict in mine if verdict.op == op]
-            table.add_row(name, op, _figures_of(bar, of_op), _summary(of_op))
+        for op, mine in _by_op(bar, verdicts).items():
+            if bar.sizes:
+                figures = {verdict.size: _bar_figure(bar, verdict) for verdict in mine}
+                by_size.add_row(name, op, *(figures.get(size, "") for size in sizes), _summary(mine))
+            else:
+                others.add_row(name, op, *(_bar_figure(bar, verdict) for verdict in mine), _summary(mine))
             name = ""
-    return _titled("Bars", table)
+    notes = dict.fromkeys(f"{verdict.bar}: {verdict.note}" for verdict in verdicts if verdict.note)
+    return Group(_titled("Bars", by_size), others, *(Text(note, style="dim") for note in notes))
 
 
 def _heading(result: Result) -> Text:
@@ -101,20 +110,23 @@ def _figures(result: Result, op: str, clients: int) -> RenderableType:
     cells = [c for c in result.cells if (c.op, c.clients, c.batch) == (op, clients, 1)]
     sizes = sorted({cell.size for cell in cells})
     if clients == 1:
-        title = f"{op}, one client: median (p99), and the multiple of memfaas's time"
+        title = f"{op}, one client: median time; below it p99, or throughput"
     else:
-        title = f"{op}, {clients} clients: all together (worst client / mean), and memfaas's multiple of it"
+        title = f"{op}, {clients} clients: all together; below it worst client / mean"
     table = _table()
-    table.add_column("system")
-    table.add_column("against", style="dim")
+    table.add_column("system", no_wrap=True)
     for size in sizes:
-        table.add_column(format_size(size), justify="right")
+        table.add_column(format_size(size), justify="right", no_wrap=True)
     for system in _present(result):
         row = {cell.size: cell for cell in cells if cell.system == system.name}
         if row:
             reference = _reference(result, system)
             texts = [_cell_text(result, row.get(size), reference) for size in sizes]
-            table.add_row(Text(system.name, style=_STYLES[system.kind]), reference or "", *texts)
+            name = Text(system.name, style=_STYLES[system.kind])
+            if any("x" in text.plain for text in texts):
+                name.append(f"\n\n  vs {reference}", style="dim")
+            table.add_row(name, *texts)
+            table.add_section()
     return _titled(title, table)
 
 
@@ -125,16 +137,15 @@ def _cell_text(result: Result, cell: Cell | None, reference: str | None) -> Text
         return Text("failed", style="red")
     if cell.clients == 1:
         text = Text(_time(cell.median_us))
-        if cell.size >= MIB:
-            text.append(f", {cell.size / cell.median_us / 1e3:.1f} GB/s")
-        text.append(f"\n({_time(cell.p99_us)})", style="dim")
+        tail = _time(cell.p99_us) if cell.size < MIB else _throughput(cell.size / cell.median_us * 1e6)
     else:
-        text = Text(_rate(cell.rate) if cell.size < MIB else f"{(cell.bytes_per_s or 0) / 1e9:.1f} GB/s")
-        text.append(f"\n({cell.fairness:.2f})", style="dim")
+        text = Text(_rate(cell.rate) if cell.size < MIB else _throughput(cell.rate * cell.size))
+        tail = f"{cell.fairness:.2f}"
+    text.append(f"\n{tail}", style="dim")
     other = result.cell(reference, cell.op, cell.size, cell.clients) if reference else None
     ratio = _ratio(cell, other) if other is not None else None
     if ratio is not None:
-        text.append(f" {_times(ratio)}", style="cyan" if ratio >= 1 else "yellow")
+        text.append(f"\n{_times(ratio)}", style="cyan" if ratio >= 1 else "yellow")
     return text
 
 
@@ -190,39 +201,31 @@ def _absent(result: Result) -> Iterator[Text]:
         yield Text.from_markup(f"[bold red]failed[/] {escape(cell.system)}, {what}: {escape(cell.failed or '')}")
 
 
-def _figures_of(bar: Bar, verdicts: Sequence[Verdict]) -> Text:
-    text = Text()
-    for verdict in verdicts:
-        if text:
-            text.append("  ")
-        if verdict.size is not None:
-            text.append(f"{format_size(verdict.size)}: ", style="dim")
-        if verdict.figure is None:
-            text.append("-", style="yellow")
-        else:
-            text.append(_bar_figure(bar, verdict.figure), style="green" if verdict.passed else "bold red")
-    for note in dict.fromkeys(verdict.note for verdict in verdicts if verdict.note):
-        text.append(f"\n{note}", style="dim")
-    return text
+def _by_op(bar: Bar, verdicts: Sequence[Verdict]) -> dict[str, list[Verdict]]:
+    mine = [verdict for verdict in verdicts if verdict.bar == bar.text]
+    return {op: [v for v in mine if v.op == op] for op in dict.fromkeys(verdict.op for verdict in mine)}
 
 
-def _bar_figure(bar: Bar, figure: float) -> str:
+def _bar_figure(bar: Bar, verdict: Verdict) -> Text:
+    if verdict.figure is None:
+        return Text("?", style="bold yellow")
     match bar.figure:
         case "lease":
-            return f"{figure:.1f} ms"
+            text = f"{verdict.figure:.1f} ms"
         case "idle cpu":
-            return f"{figure:.3f} %"
+            text = f"{verdict.figure:.3f} %"
         case "idle memory":
-            return f"{figure:.1f} MiB"
+            text = f"{verdict.figure:.1f} MiB"
         case _:
-            return f"{figure:.2f}"
+            text = f"{verdict.figure:.2f}"
+    return Text(text, style="green" if verdict.passed else "bold red")
 
 
 def _summary(verdicts: Sequence[Verdict]) -> Text:
     if any(verdict.passed is False for verdict in verdicts):
         return Text("MISS", style="bold red")
     if any(verdict.passed is None for verdict in verdicts):
-        return Text("not measured", style="bold yellow")
+        return Text("?", style="bold yellow")
     return Text("PASS", style="bold green")
 
 
@@ -247,6 +250,10 @@ def _time(us: float) -> str:
 
 def _rate(rate: float) -> str:
     return f"{rate / 1e6:.2f} M/s" if rate >= 1e6 else f"{rate / 1e3:.1f} k/s" if rate >= 1e3 else f"{rate:.0f} /s"
+
+
+def _throughput(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
 def _times(ratio: float) -> str:
