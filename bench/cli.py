@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,13 +71,17 @@ def _options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.group("bench")
-def bench() -> None:
+@click.pass_context
+def bench(context: click.Context) -> None:
     """Measure memfaas, and what you would use instead, on this machine.
 
     Everything that is measured is started by the benchmark, on the loopback interface and in
     temporary directories, and ended by it. Systems take turns in a new order in each round, so that
     a noisy machine is noisy for all of them: trust the ratios more than the microseconds.
     """
+    # Whoever ends us by `kill` wants what we started to end too, as with Ctrl-C.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 @bench.command("kv")
