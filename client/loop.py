@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -49,7 +50,7 @@ class ControlLoop:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
-                await nursery.start(lambda **status: self.control.run(patient=patient, **status))
+                await nursery.start(partial(self.control.run, patient=patient))
             except Exception as error:
                 ready.set_exception(error)
                 return

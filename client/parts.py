@@ -146,7 +146,7 @@ class Parts:
                 try:
                     self._write_part(key, manifest.id, index, piece)
                 except StoreFull:
-                    if swept or not self.make_room():
+                    if swept or not self.make_room(sparing=manifest.id):
                         raise
                     swept = True
                     self._write_part(key, manifest.id, index, piece)
@@ -221,17 +221,19 @@ class Parts:
             if self._core._remove(part_key, PART)[0]:
                 return
 
-    def make_room(self) -> bool:
+    def make_room(self, sparing: bytes = b"") -> bool:
         """Sweeps. Whether memory came free."""
         check_may_wait()
         with self._sweeping:
             try:
-                return self.sweep() > 0
+                return self.sweep(sparing) > 0
             except MemfaasError:
                 return False  # a shard is out of reach, so nobody knows which parts are needed
 
-    def sweep(self) -> int:
+    def sweep(self, sparing: bytes = b"") -> int:
         """Removes the parts that no manifest names and none will. Returns how many.
+
+        `sparing`: identity of a put that is known to live, whatever the clocks say.
 
         All parts are listed before any manifest, so a part whose manifest came meanwhile is spared.
         """
@@ -240,6 +242,7 @@ class Parts:
             for part_key, _, _ in scan(self._core, shard, PART):
                 if len(part_key) == _PART_KEY.size and _age(part_key) > ORPHAN_AGE_S:
                     orphans.setdefault(part_key[:16], []).append(part_key)
+        orphans.pop(sparing, None)
         if not orphans:
             return 0
         for shard in range(self._shards):
