@@ -1,0 +1,295 @@
+"""What on this node is missing or makes memfaas slow, and the command that mends it.
+
+Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from memfaas.units import format_size
+
+State = Literal["ok", "slow", "missing"]
+
+_ENOUGH_FILES = 16_384
+_ENOUGH_BACKLOG = 1024
+_POPULATE_SINCE = (5, 14)
+_CAP_IPC_LOCK = 14
+_LIBRARIES = ("numpy", "trio", "msgpack", "msgspec", "lz4", "click", "rich")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    state: State
+    found: str
+    """What there is."""
+    meaning: str
+    """What follows from it."""
+    remedy: str | None = None
+    """A command that mends it, if there is one."""
+    required: bool = False
+    """memfaas does not work without it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where the checks look; tests look elsewhere."""
+
+    root: Path = Path("/")
+    limit: Callable[[int], tuple[int, int]] = field(default=resource.getrlimit)
+    kernel: str = field(default_factory=platform.release)
+    which: Callable[[str], str | None] = field(default=shutil.which)
+    has_module: Callable[[str], bool] = field(default=lambda name: importlib.util.find_spec(name) is not None)
+
+    def read(self, path: str) -> str | None:
+        """A file of the system, or None where there is none."""
+        try:
+            return (self.root / path.lstrip("/")).read_text().strip()
+        except OSError:
+            return None
+
+    def meminfo(self, name: str) -> int:
+        """Bytes, or 0 where the system does not say."""
+        match = re.search(rf"^{name}:\s+(\d+) kB", self.read("/proc/meminfo") or "", re.MULTILINE)
+        return int(match[1]) * 1024 if match else 0
+
+
+def examine(node: Node | None = None) -> list[Check]:
+    """All checks, the required ones first."""
+    where = node or Node()
+    checks = [check for function in _CHECKS for check in function(where)]
+    return sorted(checks, key=lambda check: not check.required)
+
+
+# --- required -------------------------------------------------------------------------------------
+
+
+def _native(node: Node) -> Iterator[Check]:
+    name = "native module"
+    try:
+        from memfaas import _native
+    except ImportError as error:
+        yield Check(name, "missing", str(error), "nothing works without it", "make build", required=True)
+    else:
+        yield Check(name, "ok", Path(_native.__file__).name, "the data path is compiled and loads", required=True)
+
+
+def _kernel(node: Node) -> Iterator[Check]:
+    version = tuple(map(int, re.findall(r"\d+", node.kernel)[:2]))
+    good = version >= _POPULATE_SINCE
+    yield Check(
+        "kernel",
+        "ok" if good else "missing",
+        f"Linux {node.kernel}",
+        "it can back memory in advance" if good else "a donor needs Linux 5.14 or newer, to back memory in advance",
+        required=True,
+    )
+
+
+def _versions(node: Node) -> Iterator[Check]:
+    parts = [f"memfaas {_version('memfaas')}", f"Python {platform.python_version()}"]
+    parts += [f"{name} {_version(name)}" for name in _LIBRARIES]
+    good = sys.version_info >= (3, 11)
+    meaning = "for bug reports" if good else "Python 3.11 or newer is needed"
+    yield Check("versions", "ok" if good else "missing", ", ".join(parts), meaning, required=True)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def _huge_pages(node: Node) -> Iterator[Check]:
+    path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+    text = node.read(path)
+    name = "huge pages"
+    slow = "lent memory lies in 4 KiB pages: it comes back about 50 times slower (some 5 GiB/s, not hundreds)"
+    if text is None:
+        yield Check(name, "slow", "this kernel has no huge pages for shared memory", slow)
+        return
+    match = re.search(r"\[(\w+)\]", text)
+    choice = match[1] if match else text
+    if choice in ("advise", "always", "within_size", "force"):
+        yield Check(name, "ok", f"shmem_enabled is {choice}", "lent memory lies in 2 MiB pages and comes back at once")
+    else:
+        yield Check(name, "slow", f"shmem_enabled is {choice}", slow, f"echo advise | sudo tee {path}")
+
+
+def _memlock(node: Node) -> Iterator[Check]:
+    name = "locked memory"
+    soft, hard = node.limit(resource.RLIMIT_MEMLOCK)
+    total = node.meminfo("MemTotal")
+    capable = re.search(r"^CapEff:\s+([0-9a-f]+)", node.read("/proc/self/status") or "", re.MULTILINE)
+    if capable and int(capable[1], 16) >> _CAP_IPC_LOCK & 1:
+        yield Check(name, "ok", "CAP_IPC_LOCK", "lent memory is never swapped out")
+        return
+    best = soft if hard == soft or hard == 0 else hard
+    if best == resource.RLIM_INFINITY or (total and best >= total):
+        yield Check(name, "ok", f"limit {_limit(best)}", "lent memory is never swapped out")
+        return
+    swap = node.meminfo("SwapTotal")
+    yield Check(
+        name,
+        "slow",
+        f"limit {_limit(best)} for each process, {format_size(swap)} of swap",
+        "what is lent beyond the limit may be swapped out, and then takes milliseconds to read"
+        if swap
+        else "what is lent beyond the limit is not locked, which matters once there is swap",
+        "echo '* - memlock unlimited' | sudo tee /etc/security/limits.d/memfaas.conf   # then log in again",
+    )
+
+
+def _limit(value: int) -> str:
+    return "unlimited" if value == resource.RLIM_INFINITY else format_size(value)
+
+
+def _memory_limit(node: Node) -> Iterator[Check]:
+    name = "memory limit"
+    total = node.meminfo("MemTotal")
+    limit = _cgroup_limit(node)
+    if limit is None or (total and limit >= total):
+        yield Check(name, "ok", f"{format_size(total)}, no limit by a cgroup", "a donor may lend what the node has")
+    else:
+        meaning = "`memfaas donor --memory auto` stays below it; lent memory counts as used in it"
+        yield Check(name, "ok", f"{format_size(limit)} by the cgroup, of {format_size(total)}", meaning)
+
+
+def _cgroup_limit(node: Node) -> int | None:
+    """The least limit on the way up from our own group, in the one or the other version of cgroups."""
+    limits = []
+    for line in (node.read("/proc/self/cgroup") or "").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            base, file = "/sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            base, file = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        groups = [part for part in path.split("/") if part]
+        for depth in range(len(groups) + 1):
+            text = node.read("/".join([base, *groups[:depth], file]))
+            if text is not None and text.isdigit():
+                limits.append(int(text))
+    return min(limits, default=None)
+
+
+def _pressure(node: Node) -> Iterator[Check]:
+    name = "pressure"
+    if node.read("/proc/pressure/memory") is not None:
+        yield Check(name, "ok", "the kernel tells of memory pressure (PSI)", "a donor notices a shortage early")
+    else:
+        yield Check(
+            name,
+            "slow",
+            "the kernel does not tell of memory pressure (PSI)",
+            "a donor judges by the available memory alone",
+            "add psi=1 to the kernel's command line",
+        )
+
+
+# --- connections ----------------------------------------------------------------------------------
+
+
+def _files(node: Node) -> Iterator[Check]:
+    _, hard = node.limit(resource.RLIMIT_NOFILE)
+    found = f"limit {'unlimited' if hard == resource.RLIM_INFINITY else hard}"
+    if hard == resource.RLIM_INFINITY or hard >= _ENOUGH_FILES:
+        yield Check("open files", "ok", found, "enough for thousands of connections")
+    else:
+        yield Check(
+            "open files",
+            "slow",
+            found,
+            "each connection of a client takes one: later ones will be refused",
+            f"echo '* - nofile {4 * _ENOUGH_FILES}' | sudo tee /etc/security/limits.d/memfaas-files.conf   "
+            "# then log in again",
+        )
+
+
+def _backlog(node: Node) -> Iterator[Check]:
+    text = node.read("/proc/sys/net/core/somaxconn")
+    if text is None or not text.isdigit():
+        return
+    if int(text) >= _ENOUGH_BACKLOG:
+        yield Check("backlog", "ok", f"somaxconn is {text}", "many clients may connect at once")
+    else:
+        meaning = "when many clients connect at once, some have to try again after a second"
+        remedy = f"sudo sysctl -w net.core.somaxconn={4 * _ENOUGH_BACKLOG}"
+        yield Check("backlog", "slow", f"somaxconn is {text}", meaning, remedy)
+
+
+# --- what some features need ------------------------------------------------------------------------
+
+
+def _fuse(node: Node) -> Iterator[Check]:
+    lacking = []
+    remedies = []
+    if not (node.root / "dev/fuse").exists():
+        lacking.append("/dev/fuse")
+        remedies.append("sudo modprobe fuse")
+    if node.which("fusermount3") is None:
+        lacking.append("fusermount3")
+        remedies.append("sudo apt-get install fuse3")
+    if not node.has_module("pyfuse3"):
+        lacking.append("pyfuse3")
+        remedies.append("pip install 'memfaas[fuse]'")
+    if lacking:
+        found = f"without {', '.join(lacking)}"
+        yield Check("file system", "missing", found, "memory cannot be mounted as a file system", "; ".join(remedies))
+    else:
+        yield Check("file system", "ok", "/dev/fuse, fusermount3, pyfuse3", "memory can be mounted as a file system")
+
+
+def _rdma(node: Node) -> Iterator[Check]:
+    name = "RDMA"
+    folder = node.root / "sys/class/infiniband"
+    devices = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    if not devices:
+        yield Check(name, "missing", "no RDMA device", "other nodes are reached over tcp")
+        return
+    found = ", ".join(devices)
+    if not node.has_module("pyverbs"):
+        meaning = "the devices are there, but Python cannot use them: other nodes are reached over tcp"
+        yield Check(name, "missing", f"{found}; no pyverbs", meaning, "sudo apt-get install python3-pyverbs")
+        return
+    try:
+        # Not before there is a device: the import fails when it does not match the system's libibverbs.
+        importlib.import_module("pyverbs.device")
+    except ImportError as error:
+        meaning = "pyverbs must be of the same release as the system's rdma-core"
+        yield Check(name, "missing", f"{found}; {error}", meaning, "sudo apt-get install python3-pyverbs")
+    else:
+        yield Check(name, "ok", f"{found}; pyverbs {_version('pyverbs')}", "the devices can be used from Python")
+
+
+_CHECKS: tuple[Callable[[Node], Iterator[Check]], ...] = (
+    _native,
+    _kernel,
+    _versions,
+    _huge_pages,
+    _memlock,
+    _memory_limit,
+    _pressure,
+    _files,
+    _backlog,
+    _fuse,
+    _rdma,
+)

@@ -1,0 +1,195 @@
+"""The doctor reads a node right, whatever the node is like."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+
+from memfaas import doctor
+from memfaas.cli import main
+from memfaas.doctor import Check, Node
+from memfaas.units import GIB, MIB
+
+SHMEM = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
+UNLIMITED = resource.RLIM_INFINITY
+
+
+def node(root: Path, files: dict[str, str], limit: int = UNLIMITED, **what: Any) -> Node:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    what.setdefault("kernel", "6.1.0-18-amd64")
+    what.setdefault("which", lambda name: None)
+    what.setdefault("has_module", lambda name: False)
+    return Node(root=root, limit=lambda _: (limit, limit), **what)
+
+
+def check(name: str, where: Node) -> Check:
+    (found,) = [one for one in doctor.examine(where) if one.name == name]
+    return found
+
+
+MEMINFO = f"MemTotal:       {16 * GIB // 1024} kB\nSwapTotal:       {4 * GIB // 1024} kB\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "remedy"),
+    [
+        ("always within_size [advise] never deny force", "ok", None),
+        ("[always] within_size advise never deny force", "ok", None),
+        ("always within_size advise [never] deny force", "slow", f"echo advise | sudo tee /{SHMEM}"),
+        ("always within_size advise never [deny] force", "slow", f"echo advise | sudo tee /{SHMEM}"),
+    ],
+)
+def test_huge_pages(tmp_path: Path, text: str, state: str, remedy: str | None) -> None:
+    found = check("huge pages", node(tmp_path, {SHMEM: text + "\n"}))
+    assert (found.state, found.remedy) == (state, remedy)
+    assert ("50 times" in found.meaning) == (state == "slow")
+
+
+def test_a_kernel_without_huge_pages(tmp_path: Path) -> None:
+    found = check("huge pages", node(tmp_path, {}))
+    assert (found.state, found.remedy) == ("slow", None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "capabilities", "state"),
+    [
+        (8 * MIB, "0000000000000000", "slow"),
+        (8 * MIB, "0000000000004000", "ok"),
+        (UNLIMITED, "0000000000000000", "ok"),
+        (32 * GIB, "0000000000000000", "ok"),
+    ],
+)
+def test_locked_memory(tmp_path: Path, limit: int, capabilities: str, state: str) -> None:
+    files = {"proc/meminfo": MEMINFO, "proc/self/status": f"Name:\tx\nCapEff:\t{capabilities}\n"}
+    found = check("locked memory", node(tmp_path, files, limit))
+    assert found.state == state
+    if state == "slow":
+        assert "8 MiB" in found.found
+        assert "limits.d" in (found.remedy or "")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/\n"}, "no limit"),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max\n"}, "no limit"),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/memory.max": f"{2 * GIB}\n",
+                "sys/fs/cgroup/a/b/memory.max": f"{4 * GIB}\n",
+            },
+            "2 GiB by the cgroup, of 16 GiB",
+        ),
+        (
+            {
+                "proc/self/cgroup": "3:cpu:/x\n9:memory,hugetlb:/job\n0::/\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{3 * GIB}\n",
+            },
+            "3 GiB by the cgroup, of 16 GiB",
+        ),
+        (
+            {
+                "proc/self/cgroup": "9:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n",
+            },
+            "no limit",
+        ),
+    ],
+)
+def test_a_memory_limit_of_any_kind_is_seen(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    assert expected in check("memory limit", node(tmp_path, {"proc/meminfo": MEMINFO, **files})).found
+
+
+@pytest.mark.parametrize(("release", "state"), [("6.1.0", "ok"), ("5.14.0-x", "ok"), ("5.10.0-28-amd64", "missing")])
+def test_the_kernel(tmp_path: Path, release: str, state: str) -> None:
+    found = check("kernel", node(tmp_path, {}, kernel=release))
+    assert (found.state, found.required) == (state, True)
+
+
+@pytest.mark.parametrize(("limit", "state"), [(1024, "slow"), (1 << 20, "ok"), (UNLIMITED, "ok")])
+def test_open_files(tmp_path: Path, limit: int, state: str) -> None:
+    assert check("open files", node(tmp_path, {}, limit)).state == state
+
+
+@pytest.mark.parametrize(("text", "state"), [("128", "slow"), ("4096", "ok")])
+def test_the_backlog(tmp_path: Path, text: str, state: str) -> None:
+    assert check("backlog", node(tmp_path, {"proc/sys/net/core/somaxconn": text})).state == state
+
+
+@pytest.mark.parametrize(("files", "state"), [({"proc/pressure/memory": "some avg10=0.00\n"}, "ok"), ({}, "slow")])
+def test_pressure(tmp_path: Path, files: dict[str, str], state: str) -> None:
+    assert check("pressure", node(tmp_path, files)).state == state
+
+
+def test_the_file_system_names_all_that_is_lacking(tmp_path: Path) -> None:
+    lacking = check("file system", node(tmp_path, {}))
+    assert (lacking.state, lacking.required) == ("missing", False)
+    assert lacking.found == "without /dev/fuse, fusermount3, pyfuse3"
+    complete = node(tmp_path, {"dev/fuse": ""}, which=lambda name: f"/bin/{name}", has_module=lambda name: True)
+    assert check("file system", complete).state == "ok"
+
+
+def test_rdma_without_devices_and_without_a_library(tmp_path: Path) -> None:
+    found = check("RDMA", node(tmp_path, {}))
+    assert (found.state, found.found, found.remedy) == ("missing", "no RDMA device", None)
+    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
+    found = check("RDMA", node(tmp_path, {}))
+    assert found.state == "missing"
+    assert "mlx5_0" in found.found
+    assert "pyverbs" in (found.remedy or "")
+
+
+def test_rdma_with_a_library_that_does_not_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
+    reason = "libibverbs.so.1: version IBVERBS_PRIVATE_59 not found"
+
+    def fail(name: str) -> None:
+        raise ImportError(reason)
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    found = check("RDMA", node(tmp_path, {}, has_module=lambda name: True))
+    assert found.state == "missing"
+    assert reason in found.found
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, ["doctor", *arguments])
+
+
+def test_this_node_has_what_is_required() -> None:
+    result = run("--json")
+    assert result.exit_code == 0
+    found = {one["name"]: one for one in json.loads(result.stdout)}
+    assert found["native module"]["state"] == "ok"
+    assert found["kernel"]["state"] == "ok"
+    assert "numpy" in found["versions"]["found"]
+    assert {"name", "state", "found", "meaning", "remedy", "required"} == set(found["RDMA"])
+
+
+def test_the_table_gives_remedies_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    remedy = "sudo " + "very-long-command " * 20
+    monkeypatch.setattr(doctor, "examine", lambda: [Check("thing", "slow", "what is", "what follows", remedy)])
+    result = run()
+    assert result.exit_code == 0
+    assert remedy.strip() in result.stdout
+    assert "slow" in result.stdout
+
+
+def test_what_is_required_and_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    optional = Check("option", "missing", "", "", None)
+    monkeypatch.setattr(doctor, "examine", lambda: [optional])
+    assert run().exit_code == 0
+    monkeypatch.setattr(doctor, "examine", lambda: [optional, Check("heart", "missing", "", "", None, required=True)])
+    assert run().exit_code == 1
