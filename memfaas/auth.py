@@ -130,10 +130,19 @@ def read_credentials(path: Path, tenant: str | None = None) -> Credentials:
     text = _read_private(path)
     name, colon, key = text.rpartition(":")
     if not colon:
-        return Credentials.of_tenant(_key_of_hex(text, path), tenant or getpass.getuser())
+        return Credentials.of_tenant(_key_of_hex(text, path), tenant or _login())
     if tenant is not None and tenant != name:
         raise AccessError(f"{path} is the key of tenant {name!r}, not of {tenant!r}")
     return Credentials(name, _key_of_hex(key, path))
+
+
+def _login() -> str:
+    """The login name as a tenant. A container may run us under a number that has no name."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid{os.getuid()}"
+    return "".join(c if c.isalnum() or c in "._-@" else "_" for c in name)[:64]
 
 
 # --- tickets ------------------------------------------------------------------------------------
