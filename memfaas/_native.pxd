@@ -43,7 +43,8 @@ cdef extern from "memfaas.h" nogil:
     uint32_t mf_fork_generation()
     int64_t mf_now()
     int mf_stats_of "mf_stats"(mf_memory *memory, mf_stats_t *out)
-    int mf_reap(mf_memory *memory, uint32_t participant, int64_t deadline)
+    void mf_reap(mf_memory *memory, uint32_t participant)
+    int mf_put_right(mf_memory *memory, int64_t deadline)
 
 cdef extern from "wire.h" nogil:
     enum:

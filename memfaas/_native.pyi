@@ -78,10 +78,13 @@ class Memory:
 
         OSError(EMFILE) when all places are taken."""
     def reap(self, participant: int) -> None:
-        """The participant is dead or has left: unpin, complete and free what it left behind.
+        """The participant is dead or has left: unpin, unlock, complete what it was unlinking.
 
-        `reap(0)` cleans up after a killed function, before the new one serves. May wait for running
-        operations; call it in a thread."""
+        Never waits, so that one dead participant does not keep another one's locks closed.
+        `reap(0)` cleans up after a killed function, before the new one serves. Then call put_right."""
+    def put_right(self, timeout_s: float) -> bool:
+        """Frees what those reaped had taken but not linked. It waits for the operations that run now;
+        False when one did not end in time: call it again later, until then that memory is unused."""
     def participants(self) -> list[tuple[int, int, int]]:
         """(participant, pid, start_time) of those attached."""
     def stats(self) -> dict[str, int]: ...

@@ -155,17 +155,21 @@ cdef class Memory:
         return participant
 
     def reap(self, uint32_t participant):
-        cdef int error
-        cdef int64_t limit_ns = 10_000_000_000
         self.check()
         if participant >= MF_PARTICIPANTS:
             raise ValueError(f"no such participant: {participant}")
         with nogil:
-            error = mf_reap(&self.memory, participant, mf_now() + limit_ns)
-        if error == ETIMEDOUT:
-            raise TimeoutError("operations that began before did not end in 10 s; some memory stays unused")
-        if error:
+            mf_reap(&self.memory, participant)
+
+    def put_right(self, double timeout_s):
+        cdef int error
+        cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9)
+        self.check()
+        with nogil:
+            error = mf_put_right(&self.memory, mf_now() + timeout_ns)
+        if error and error != ETIMEDOUT:
             raise OSError(error, os.strerror(error))
+        return error == 0
 
     def participants(self):
         self.check()

@@ -69,11 +69,14 @@ void mf_pool_give(struct mf_pool *pool, struct mf_stream *stream) {
 }
 
 void mf_pool_close(struct mf_pool *pool) {
-    pthread_mutex_lock(&pool->mutex);
+    bool child = pool->generation != mf_fork_generation(); /* a thread of the parent may have the mutex for ever */
+    if (!child)
+        pthread_mutex_lock(&pool->mutex);
     struct pooled *one = pool->idle;
     pool->idle = NULL;
     pool->closed = true;
-    pthread_mutex_unlock(&pool->mutex);
+    if (!child)
+        pthread_mutex_unlock(&pool->mutex);
     while (one) {
         struct pooled *next = one->next;
         end(one);
@@ -127,6 +130,10 @@ void mf_number(struct mf_stream *stream, struct mf_request *request, struct mf_c
 int mf_ask(struct mf_stream *stream, const struct mf_request *request, const void *key, const void *meta,
            const void *value) {
     struct mf_request head = *request;
+    if (head.key_len > MF_MAX_KEY || head.meta_len > MF_MAX_META)
+        return MF_BAD;
+    if (head.verb == MF_PUT && head.value_len > MF_MAX_PART)
+        return MF_TOO_LARGE;
     bool small = head.verb != MF_PUT || mf_is_inline(head.key_len, head.meta_len, head.value_len);
     if (head.verb == MF_PUT && small)
         head.c = mf_value_sum(meta, head.meta_len, value, head.value_len);

@@ -12,7 +12,8 @@ _Thread_local struct mf_guard *mf_guard_top;
 static struct sigaction before;
 
 static void on_sigbus(int number, siginfo_t *info, void *context) {
-    struct mf_guard *guard = mf_guard_top;
+    bool fault = info->si_code > 0; /* not sent by some process */
+    struct mf_guard *guard = fault ? mf_guard_top : NULL;
     const char *address = info->si_addr;
     while (guard && !(address >= guard->low && address < guard->high))
         guard = guard->outer;
@@ -22,17 +23,23 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         before.sa_sigaction(number, info, context);
     else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
         before.sa_handler(number);
-    else
-        signal(SIGBUS, SIG_DFL); /* the access is repeated, and now ends the process as it should */
+    else {
+        signal(SIGBUS, SIG_DFL); /* a faulting access is repeated, and now ends the process as it should */
+        if (!fault)
+            raise(number);
+    }
 }
 
-static void install(void) {
-    struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGBUS, &action, &before);
-}
-
+/* Again for each mapping: somebody (faulthandler, say) may have put a handler over ours. */
 void mf_guard_install(void) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, install);
+    static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+    struct sigaction now, action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
+    pthread_mutex_lock(&mutex);
+    sigaction(SIGBUS, NULL, &now);
+    if (!(now.sa_flags & SA_SIGINFO) || now.sa_sigaction != on_sigbus) {
+        before = now;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGBUS, &action, NULL);
+    }
+    pthread_mutex_unlock(&mutex);
 }

@@ -1,35 +1,62 @@
-/* Copy and XXH3 in one pass; included once for each width of vectors, after xxhash.h.
+/* Copy and XXH3 in one pass; included once for each instruction set, after xxhash.h.
  *
- * Hashing what has just been copied costs half as much again as the copy; done stripe by stripe it
- * is nearly free, for the copy waits for memory and the hash for arithmetic. The loop is that of
- * XXH3's long hash with its default secret (seed 0); the tests check it against XXH3_64bits. */
+ * Hashing a value after it was copied costs as much again as the copy; done word by word on the way it
+ * is nearly free, for the copy waits for memory and the hash for arithmetic. The loop is that of XXH3's
+ * long hash with its default secret (seed 0); the tests check it against XXH3_64bits. Each word is read
+ * once, so the hash is that of the copy, also when another thread is changing the source. */
 #include <string.h>
 
+#define STRIPES ((XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN) / XXH_SECRET_CONSUME_RATE)
+#define BLOCK (STRIPES * XXH_STRIPE_LEN)
+
+/* One block of 1 KiB: XXH3's accumulate, with a store. */
+static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from) {
+#if defined(__AVX2__)
+    __m256i low = _mm256_load_si256((__m256i *)lanes), high = _mm256_load_si256((__m256i *)(lanes + 4));
+    for (size_t i = 0; i < STRIPES; i++, into += 64, from += 64) {
+        const uint8_t *secret = XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE;
+        __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
+        _mm256_storeu_si256((__m256i *)into, a);
+        _mm256_storeu_si256((__m256i *)(into + 32), b);
+        __builtin_prefetch(from + 512);
+        __m256i x = _mm256_xor_si256(a, _mm256_loadu_si256((const __m256i *)secret));
+        __m256i y = _mm256_xor_si256(b, _mm256_loadu_si256((const __m256i *)(secret + 32)));
+        low = _mm256_add_epi64(low, _mm256_shuffle_epi32(a, _MM_SHUFFLE(1, 0, 3, 2)));
+        high = _mm256_add_epi64(high, _mm256_shuffle_epi32(b, _MM_SHUFFLE(1, 0, 3, 2)));
+        low = _mm256_add_epi64(low, _mm256_mul_epu32(x, _mm256_srli_epi64(x, 32)));
+        high = _mm256_add_epi64(high, _mm256_mul_epu32(y, _mm256_srli_epi64(y, 32)));
+    }
+    _mm256_store_si256((__m256i *)lanes, low);
+    _mm256_store_si256((__m256i *)(lanes + 4), high);
+#else
+    for (size_t i = 0; i < STRIPES; i++, into += 64, from += 64) {
+        xxh_u64 words[XXH_ACC_NB], secret[XXH_ACC_NB];
+        memcpy(words, from, sizeof words);
+        memcpy(into, words, sizeof words);
+        memcpy(secret, XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE, sizeof secret);
+        for (size_t j = 0; j < XXH_ACC_NB; j++) {
+            xxh_u64 mixed = words[j] ^ secret[j];
+            lanes[j ^ 1] += words[j];
+            lanes[j] += (mixed & 0xffffffff) * (mixed >> 32);
+        }
+    }
+#endif
+    XXH3_scrambleAcc(lanes, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN);
+}
+
 static inline uint64_t copy_and_hash(uint8_t *into, const uint8_t *from, size_t length) {
-    if (length <= XXH3_MIDSIZE_MAX) {
+    if (length <= BLOCK) {
         memcpy(into, from, length);
-        return XXH3_64bits(from, length);
+        return XXH3_64bits(into, length);
     }
     XXH_ALIGN(64) xxh_u64 lanes[XXH_ACC_NB] = XXH3_INIT_ACC;
-    const size_t stripes = (XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN) / XXH_SECRET_CONSUME_RATE;
-    const uint8_t *at = from, *last = from + length - XXH_STRIPE_LEN;
-    for (size_t left = length - 1; left;) {
-        size_t i = 0;
-        for (; i < stripes && left >= XXH_STRIPE_LEN; i++, left -= XXH_STRIPE_LEN) {
-            memcpy(into, at, XXH_STRIPE_LEN);
-            __builtin_prefetch(at + 512);
-            XXH3_accumulate_512(lanes, at, XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE);
-            at += XXH_STRIPE_LEN;
-            into += XXH_STRIPE_LEN;
-        }
-        if (i < stripes) {
-            memcpy(into, at, left + 1);
-            break;
-        }
-        XXH3_scrambleAcc(lanes, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN);
-        if (left == 0)
-            memcpy(into, at, 1);
-    }
-    XXH3_accumulate_512(lanes, last, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN - XXH_SECRET_LASTACC_START);
+    size_t at = 0;
+    for (; at + BLOCK < length; at += BLOCK)
+        copy_block(lanes, into + at, from + at);
+    memcpy(into + at, from + at, length - at);
+    for (size_t i = 0; i < (length - 1 - at) / XXH_STRIPE_LEN; i++)
+        XXH3_accumulate_512(lanes, into + at + i * XXH_STRIPE_LEN, XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE);
+    XXH3_accumulate_512(lanes, into + length - XXH_STRIPE_LEN,
+                        XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN - XXH_SECRET_LASTACC_START);
     return XXH3_mergeAccs(lanes, XXH3_kSecret + XXH_SECRET_MERGEACCS_START, (xxh_u64)length * XXH_PRIME64_1);
 }

@@ -118,6 +118,13 @@ static void note_held(struct mf_op *op, uint32_t index) {
     op->held_count = count + 1;
 }
 
+static bool holds(struct mf_op *op, uint32_t index) {
+    for (uint32_t i = 0; i < op->held_count; i++)
+        if (op->held[i] == index)
+            return true;
+    return false;
+}
+
 /* A free block of a span that we hold, or 0. */
 static uint64_t take(struct mf_memory *memory, uint32_t index, unsigned class_) {
     struct mf_span *span = span_at(memory, index);
@@ -143,8 +150,12 @@ static uint64_t try_span(struct mf_op *op, uint32_t index, unsigned class_, bool
     struct mf_memory *memory = op->memory;
     struct mf_span *span = span_at(memory, index);
     uint32_t has = atomic_load_explicit(&span->class_, memory_order_relaxed);
-    if ((has != class_ && has != 0) || !mf_span_hold(memory, index))
+    if (has != class_ && has != 0)
         return 0;
+    if (!mf_span_hold(memory, index)) {
+        *pending = *pending || !holds(op, index); /* for the length of somebody's operation */
+        return 0;
+    }
     note_held(op, index);
     uint64_t block = 0;
     has = class_in(span);
@@ -239,7 +250,7 @@ uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
             until = now + WAIT_FOR_LIMBO_NS < mf_due(op) ? now + WAIT_FOR_LIMBO_NS : mf_due(op);
         if (now >= until)
             return 0;
-        mf_nap(200000); /* blocks are free but somebody may still look at them */
+        mf_nap(200000); /* somebody still looks at what is free, or works in its span */
     }
 }
 
@@ -280,8 +291,12 @@ bool mf_sweep(struct mf_op *op, bool *pending) {
     bool freed = false;
     for (uint32_t index = 0; index < memory->at.spans; index++) {
         struct mf_span *span = span_at(memory, index);
-        if (!class_in(span) || !mf_span_hold(memory, index))
+        if (!class_in(span))
             continue;
+        if (!mf_span_hold(memory, index)) {
+            *pending = *pending || !holds(op, index);
+            continue;
+        }
         note_held(op, index);
         unsigned class_ = class_in(span);
         if (class_ && harvest(memory, span, class_))

@@ -109,7 +109,7 @@ struct mf_pin {
  * operations took effect. `done`: the number of the newest one << 32 | a bit for each of the 32 newest.
  * While `pending` is set, operation `pending` is about to link `block` (or, if `unlinks`, to unlink it). */
 struct mf_writer {
-    _Atomic uint64_t id; /* 0: free */
+    _Atomic uint64_t id; /* 0: free; no two records have the same */
     _Atomic uint64_t done;
     _Atomic uint32_t pending;
     _Atomic uint32_t unlinks;
@@ -136,10 +136,13 @@ struct mf_span {
     _Atomic uint64_t limbo[MF_SPAN_WORDS];
 } __attribute__((aligned(64)));
 
-struct mf_control {
+struct mf_control_head {
     uint64_t magic;
-    uint32_t format;
-    uint32_t pad;
+    uint64_t format;
+};
+
+struct mf_control {
+    struct mf_control_head head;
     _Atomic uint32_t state __attribute__((aligned(64)));
     _Atomic uint64_t epoch __attribute__((aligned(64)));
     _Atomic uint32_t pin_top; /* no pin at or above this index was ever used */

@@ -37,6 +37,7 @@ int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *k
                 struct mf_got *got) {
     got->taken = false;
     got->stream = NULL;
+    got->pull.reply = (struct mf_reply){0};
     mf_op_begin(&got->op, &link->memory, patient ? link->timeout : 0);
     int status = usable(link);
     if (status != MF_OK)
@@ -237,7 +238,7 @@ int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *da
         return status == MF_OK ? region_here(link, verb, offset, data, length, b, c, before) : status;
     struct mf_request request = {.verb = verb, .value_len = length, .a = offset, .b = b, .c = c};
     struct mf_stream *stream;
-    struct mf_pull pull;
+    struct mf_pull pull = {.reply = {0}};
     status = ask(link, request, NULL, data, &stream, &pull);
     if (status == MF_OK && verb == MF_READ)
         status = mf_pull_bytes(stream, data, length);

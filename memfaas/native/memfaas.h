@@ -42,7 +42,7 @@ struct mf_guard {
     const char *low, *high; /* addresses whose SIGBUS is ours */
     struct mf_guard *outer;
 };
-void mf_guard_install(void); /* once; chains to the handler that was there */
+void mf_guard_install(void); /* chains to the handler that was there */
 extern _Thread_local struct mf_guard *mf_guard_top;
 /* Runs the statement; when the mapping [low, low + size) is cut meanwhile, runs `cut` instead of the rest. */
 #define MF_GUARDED(low_, size_, body, cut)                                     \
@@ -171,9 +171,10 @@ int mf_get(struct mf_op *op, const void *key, uint32_t key_len);
 /* Copies the value (and meta, if asked) out, then checks it: MF_CORRUPT. */
 int mf_get_copy(struct mf_op *op, void *into, void *meta);
 
-/* A put reserves blocks; the caller fills op->piece and op->sums (a chunked value) or op->checksum
- * (an inline one, by mf_value_sum), and commits. Between the two it may be unpinned. */
-int mf_put_reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len);
+/* A put of a value that comes from elsewhere, and is not inline: the caller fills the whole spans in
+ * op->piece, perhaps unpinned; reserves the rest and fills that; fills op->sums; and commits. */
+int mf_put_reserve_spans(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len);
+int mf_put_reserve_rest(struct mf_op *op);
 int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t flags,
                   struct mf_replaced *replaced);
 void mf_put_abort(struct mf_op *op);
@@ -221,6 +222,7 @@ bool mf_in_limbo(struct mf_memory *memory, uint64_t offset);
 unsigned mf_span_block(struct mf_memory *memory, uint64_t offset, uint32_t *span);
 
 /* reap.c: what a dead participant left behind. */
-int mf_reap(struct mf_memory *memory, uint32_t participant, int64_t deadline);
+void mf_reap(struct mf_memory *memory, uint32_t participant);
+int mf_put_right(struct mf_memory *memory, int64_t deadline);
 
 #endif

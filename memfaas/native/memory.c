@@ -57,12 +57,16 @@ static bool same_geometry(const struct mf_header *a, const struct mf_header *b) 
 }
 
 int mf_format(int data_fd, int control_fd, const struct mf_header *header) {
+    struct stat data_stat, control_stat;
+    if (fstat(data_fd, &data_stat) || fstat(control_fd, &control_stat))
+        return errno;
+    if ((uint64_t)data_stat.st_size != header->data_bytes || (uint64_t)control_stat.st_size != header->control_bytes)
+        return EINVAL;
     struct mf_control *control =
         mmap(NULL, header->control_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, control_fd, 0);
     if (control == MAP_FAILED)
         return errno;
-    control->magic = MF_MAGIC;
-    control->format = MF_FORMAT;
+    control->head = (struct mf_control_head){MF_MAGIC, MF_FORMAT};
     atomic_store(&control->epoch, 2);
     if (header->kind == MF_SHARD) {
         _Atomic uint64_t *unassigned = (_Atomic uint64_t *)&control->spans[header->spans];
@@ -95,11 +99,14 @@ static void *map_aligned(int fd, size_t size) {
 int mf_map(struct mf_memory *memory, int data_fd, int control_fd, uint32_t participant) {
     memset(memory, 0, sizeof *memory);
     struct mf_header header, expected;
+    struct mf_control_head control;
     struct stat data_stat, control_stat;
     ssize_t got = pread(data_fd, &header, sizeof header, 0);
     if (got < 0)
         return errno;
-    if (got != sizeof header || fstat(data_fd, &data_stat) || fstat(control_fd, &control_stat))
+    if (got != sizeof header || fstat(data_fd, &data_stat) || fstat(control_fd, &control_stat) ||
+        pread(control_fd, &control, sizeof control, 0) != sizeof control || control.magic != MF_MAGIC ||
+        control.format != MF_FORMAT)
         return EINVAL;
     if (header.magic != MF_MAGIC || (header.kind != MF_SHARD && header.kind != MF_REGION) ||
         header.size > (1ull << 46))

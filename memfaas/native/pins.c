@@ -43,11 +43,9 @@ static uint32_t first_pin(struct mf_memory *memory) {
     return (memory->participant * 8 + mine) % MF_PINS;
 }
 
-int mf_pin(struct mf_op *op) {
+static int pin(struct mf_op *op) {
     struct mf_memory *memory = op->memory;
     struct mf_control *control = memory->control;
-    if (memory->generation != mf_fork_generation())
-        return MF_STALE;
     uint32_t index = first_pin(memory);
     for (uint32_t tries = 0;; tries++, index = (index + 1) % MF_PINS) {
         struct mf_pin *pin = &control->pins[index];
@@ -60,7 +58,7 @@ int mf_pin(struct mf_op *op) {
             uint64_t word = atomic_load(&control->epoch) << 16 | (memory->participant + 1);
             op->pin = (int)index; /* first: mf_op_end must find it, whatever happens next */
             if (atomic_compare_exchange_strong(&pin->word, &none, word))
-                break;
+                return MF_OK;
             op->pin = -1;
         }
         if (tries >= MF_PINS) {
@@ -71,16 +69,28 @@ int mf_pin(struct mf_op *op) {
             mf_nap(50000);
         }
     }
-    uint32_t state = atomic_load(&control->state);
-    if (state == MF_SERVING)
-        return MF_OK;
-    mf_unpin(op);
-    if (state != MF_STATE_FROZEN)
-        return MF_REVOKED;
-    if (op->timeout == 0)
-        return MF_WAIT;
-    mf_futex_wait(&control->state, state, mf_due(op));
-    return mf_now() < mf_due(op) ? mf_pin(op) : MF_FROZEN;
+}
+
+int mf_pin(struct mf_op *op) {
+    _Atomic uint32_t *state = &op->memory->control->state;
+    if (op->memory->generation != mf_fork_generation())
+        return MF_STALE;
+    for (;;) {
+        int status = pin(op);
+        if (status != MF_OK)
+            return status;
+        uint32_t now = atomic_load(state);
+        if (now == MF_SERVING)
+            return MF_OK;
+        mf_unpin(op);
+        if (now != MF_STATE_FROZEN)
+            return MF_REVOKED;
+        if (op->timeout == 0)
+            return MF_WAIT;
+        mf_futex_wait(state, now, mf_due(op));
+        if (mf_now() > mf_due(op))
+            return MF_FROZEN;
+    }
 }
 
 void mf_unpin(struct mf_op *op) {
@@ -134,10 +144,11 @@ int mf_lock(struct mf_op *op, uint32_t stripe) {
             seen = atomic_load(lock);
         } else if (seen & WAITERS || atomic_compare_exchange_strong(lock, &seen, seen | WAITERS)) {
             mf_futex_wait(lock, seen | WAITERS, mf_due(op));
-            if (mf_now() > mf_due(op))
-                return MF_TIMEOUT;
-            if (atomic_load(&op->memory->control->state) == MF_STATE_REVOKED)
-                return MF_REVOKED;
+            bool revoked = atomic_load(&op->memory->control->state) == MF_STATE_REVOKED;
+            if (revoked || mf_now() > mf_due(op)) {
+                mf_futex_wake(lock, 1); /* it may have been for us: pass it on */
+                return revoked ? MF_REVOKED : MF_TIMEOUT;
+            }
             seen = atomic_load(lock);
         }
     }

@@ -33,11 +33,10 @@ static void open_locks(struct mf_memory *memory, uint32_t participant) {
     for (uint32_t i = 0; i < MF_STRIPES; i++) {
         _Atomic uint32_t *lock = &memory->control->stripes[i].lock;
         uint32_t seen = atomic_load(lock);
-        while ((seen & 0x7fffffff) == participant + 1)
-            if (atomic_compare_exchange_strong(lock, &seen, 0)) {
-                mf_futex_wake(lock, INT_MAX);
-                break;
-            }
+        while ((seen & 0x7fffffff) == participant + 1 && !atomic_compare_exchange_strong(lock, &seen, 0)) {
+        }
+        /* Also of locks that it did not hold: it may have died with a wake that was meant for one waiter. */
+        mf_futex_wake(lock, INT_MAX);
     }
 }
 
@@ -62,28 +61,9 @@ static bool quiesce(struct mf_memory *memory, int64_t deadline) {
     return true;
 }
 
-/* ETIMEDOUT: an operation did not end; the spans stay the reaper's until it is called again. */
-static int put_right(struct mf_memory *memory, const uint32_t *spans, uint32_t count, int64_t deadline) {
-    uint64_t *linked = calloc((size_t)count * MF_SPAN_WORDS, sizeof *linked);
-    if (!linked)
-        return ENOMEM;
-    int error = mf_mark_linked(memory, spans, count, linked, deadline) == MF_OK && quiesce(memory, deadline)
-                    ? 0
-                    : ETIMEDOUT;
-    for (uint32_t i = 0; !error && i < count; i++)
-        mf_span_free_unlinked(memory, spans[i], linked + (size_t)i * MF_SPAN_WORDS);
-    free(linked);
-    return error;
-}
-
-int mf_reap(struct mf_memory *memory, uint32_t participant, int64_t deadline) {
-    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+/* The steps that never wait: another one may have died holding what this one would wait for. */
+void mf_reap(struct mf_memory *memory, uint32_t participant) {
     struct mf_control *control = memory->control;
-    uint32_t spans = (uint32_t)memory->at.spans, count = 0;
-    uint32_t *left = malloc((spans + 1) * sizeof *left);
-    if (!left)
-        return ENOMEM;
-    pthread_mutex_lock(&one_at_a_time);
     if (memory->at.kind == MF_SHARD) {
         MF_GUARDED(memory->data, memory->at.data_bytes, finish_retiring(memory, participant), (void)0);
         if (participant == 0) /* the function itself: it worked for the connections */
@@ -91,17 +71,39 @@ int mf_reap(struct mf_memory *memory, uint32_t participant, int64_t deadline) {
         open_locks(memory, participant);
     }
     clear_pins(memory, participant);
-    for (uint32_t i = 0; i < spans; i++) {
+    for (uint32_t i = 0; i < memory->at.spans; i++) {
         uint32_t holder = participant + 1;
-        /* Its number is then free for the next one, also when the rest has to wait. */
         atomic_compare_exchange_strong(&control->spans[i].holder, &holder, MF_REAPER);
-        if (atomic_load(&control->spans[i].holder) == MF_REAPER)
-            left[count++] = i;
     }
     if (participant)
         atomic_store(&control->participants[participant].state, 0);
-    int error = count ? put_right(memory, left, count, deadline) : 0;
+}
+
+/* The rest, for all who have been reaped: frees what nobody leads to in the spans that they held.
+ * ETIMEDOUT: an operation did not end; the spans stay the reaper's until the next call. */
+int mf_put_right(struct mf_memory *memory, int64_t deadline) {
+    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+    struct mf_control *control = memory->control;
+    uint32_t spans = (uint32_t)memory->at.spans, count = 0;
+    int error = 0;
+    pthread_mutex_lock(&one_at_a_time);
+    for (uint32_t i = 0; i < spans; i++)
+        count += atomic_load(&control->spans[i].holder) == MF_REAPER;
+    if (count) {
+        uint32_t *held = malloc(count * sizeof *held), n = 0;
+        uint64_t *linked = calloc((size_t)count * MF_SPAN_WORDS, sizeof *linked);
+        for (uint32_t i = 0; held && i < spans && n < count; i++)
+            if (atomic_load(&control->spans[i].holder) == MF_REAPER)
+                held[n++] = i;
+        if (!held || !linked)
+            error = ENOMEM;
+        else if (mf_mark_linked(memory, held, n, linked, deadline) != MF_OK || !quiesce(memory, deadline))
+            error = ETIMEDOUT;
+        for (uint32_t i = 0; !error && i < n; i++)
+            mf_span_free_unlinked(memory, held[i], linked + (size_t)i * MF_SPAN_WORDS);
+        free(held);
+        free(linked);
+    }
     pthread_mutex_unlock(&one_at_a_time);
-    free(left);
     return error;
 }

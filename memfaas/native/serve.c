@@ -15,6 +15,7 @@
 
 #define OPERATION_NS 5000000000ll /* for locks; the client's own deadline is what counts for it */
 #define PEER_NS 20000000000ll     /* a peer that stalls inside a request for so long is cut off: it holds memory */
+#define PATIENCE_NS 100000000ll  /* for a peer that reads slowly, before its value is put aside */
 #define STACK (256u << 10)
 
 struct connection {
@@ -46,6 +47,34 @@ static bool reply_status(struct mf_stream *stream, int status) {
 /* More bytes than the buffer holds are coming from the peer: it may wait for our replies first. */
 static bool before_blocking(struct mf_stream *stream, size_t needed) {
     return stream->have - stream->at >= needed || mf_stream_flush(stream);
+}
+
+static void gather(uint8_t *to, const struct iovec *pieces, size_t count) {
+    for (size_t i = 0; i < count; to += pieces[i++].iov_len)
+        memcpy(to, pieces[i].iov_base, pieces[i].iov_len);
+}
+
+/* From the heap to the socket, without a copy between (a cut mapping is EFAULT there, and ends the
+ * connection). But a peer that reads slowly must not keep our pin, and with it all that is freed
+ * meanwhile: what it has not taken soon is put aside, and the pin let go. */
+static bool send_pinned(struct mf_op *op, struct mf_stream *stream, struct iovec *pieces, size_t count) {
+    int64_t soon = mf_now() + PATIENCE_NS;
+    if (!mf_stream_flush(stream) || !mf_stream_send_until(stream, &pieces, &count, soon))
+        return false;
+    if (!count)
+        return true;
+    size_t length = 0;
+    for (size_t i = 0; i < count; i++)
+        length += pieces[i].iov_len;
+    uint8_t *aside = malloc(length);
+    if (!aside)
+        return false;
+    volatile bool good = true;
+    MF_GUARDED(op->memory->data, op->memory->at.data_bytes, gather(aside, pieces, count), good = false);
+    mf_unpin(op);
+    good = good && mf_stream_send(stream, &(struct iovec){aside, length}, 1);
+    free(aside);
+    return good;
 }
 
 static bool serve_get(struct mf_memory *memory, struct mf_stream *stream, const struct mf_request *request,
@@ -82,31 +111,22 @@ static bool serve_get(struct mf_memory *memory, struct mf_stream *stream, const 
                         good = reply_status(stream, MF_REVOKED);
                     });
         } else {
-            /* From the heap to the socket; a cut mapping is EFAULT there, and ends the connection. */
-            struct iovec pieces[MF_MAX_CHUNKS + 3] = {{&answer, sizeof answer},
-                                                      {(void *)op.meta, op.meta_len},
-                                                      {op.sums, op.segments * sizeof *op.sums}};
-            memcpy(pieces + 3, op.piece, op.pieces * sizeof *pieces);
-            good = mf_stream_send(stream, pieces, op.pieces + 3);
+            good = mf_stream_queue(stream, &answer, sizeof answer) &&
+                   mf_stream_queue(stream, op.meta, op.meta_len) &&
+                   mf_stream_queue(stream, op.sums, op.segments * sizeof *op.sums) &&
+                   send_pinned(&op, stream, op.piece, op.pieces);
         }
     }
     mf_op_end(&op);
     return good;
 }
 
-/* Receives the value into the blocks that were reserved for it. */
-static bool receive_value(struct mf_op *op, struct mf_stream *stream) {
-    for (uint32_t i = 0; i < op->pieces; i++)
-        if (!mf_stream_read(stream, op->piece[i].iov_base, op->piece[i].iov_len))
-            return false;
-    return op->chunks == 0 || mf_stream_read(stream, op->sums, op->segments * sizeof *op->sums);
-}
-
-/* The record that tells whether this connection's changes took effect. */
+/* The record that tells whether this connection's changes took effect. NULL: the change must not be
+ * made, somebody has been told that it did not happen. */
 static struct mf_writer *writer_of(struct connection *connection, uint64_t id) {
     struct mf_server *server = connection->server;
-    if (id == 0 || (connection->writer && connection->writer_id == id))
-        return id ? connection->writer : NULL;
+    if (connection->writer && connection->writer_id == id)
+        return connection->writer;
     pthread_mutex_lock(&server->mutex);
     struct mf_writer *first = server->memory->control->writers;
     if (connection->writer)
@@ -119,41 +139,80 @@ static struct mf_writer *writer_of(struct connection *connection, uint64_t id) {
     return connection->writer;
 }
 
-static bool serve_put(struct connection *connection, const struct mf_request *request, const uint8_t *key) {
-    struct mf_memory *memory = connection->server->memory;
+/* Small enough for the buffer: nothing of the shard is touched before all of it is here. */
+static int put_inline(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
+                      struct mf_replaced *replaced) {
+    const uint8_t *key = stream->in + stream->at, *meta = key + request->key_len, *value = meta + request->meta_len;
+    if (mf_value_sum(meta, request->meta_len, value, request->value_len) != request->c)
+        return MF_CORRUPT;
+    return mf_put(op, key, request->key_len, meta, request->meta_len, value, request->value_len, request->flags,
+                  replaced);
+}
+
+static void copy_tail(struct mf_op *op, uint32_t from, const uint8_t *tail) {
+    for (uint32_t i = from; i < op->pieces; tail += op->piece[i++].iov_len)
+        memcpy(op->piece[i].iov_base, tail, op->piece[i].iov_len);
+}
+
+/* A large value goes from the socket to where it will lie, as far as that is whole spans: these we may
+ * hold while the peer takes its time. The rest waits in `tail`. False: the stream broke. */
+static bool put_chunked(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
+                        const uint8_t *key, uint8_t *tail, struct mf_replaced *replaced, int *status) {
+    uint64_t sums = mf_segments_of(request->value_len) * sizeof *op->sums;
+    size_t rest = request->value_len % MF_SPAN;
+    *status = mf_put_reserve_spans(op, request->key_len, request->meta_len, request->value_len);
+    if (*status != MF_OK) /* also when no whole spans are left: a fragmented heap takes no large values over tcp */
+        return mf_stream_skip(stream, request->value_len + sums);
+    mf_unpin(op);
+    uint32_t spans = op->pieces;
+    for (uint32_t i = 0; i < spans; i++) {
+        volatile bool good = false;
+        MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
+                   good = mf_stream_read(stream, op->piece[i].iov_base, op->piece[i].iov_len), good = false);
+        if (!good)
+            return false;
+    }
+    if (!mf_stream_read(stream, tail, rest) || !mf_stream_read(stream, op->sums, sums))
+        return false;
+    op->deadline = 0; /* the peer's time is not ours */
+    if ((*status = mf_put_reserve_rest(op)) != MF_OK)
+        return true;
+    MF_GUARDED(op->memory->data, op->memory->at.data_bytes, copy_tail(op, spans, tail), return false);
+    *status = mf_put_commit(op, key, key + request->key_len, request->flags, replaced);
+    return true;
+}
+
+static bool serve_put(struct connection *connection, const struct mf_request *request) {
     struct mf_stream *stream = &connection->stream;
     struct mf_op op;
     struct mf_replaced replaced = {0};
-    bool inline_ = mf_is_inline(request->key_len, request->meta_len, request->value_len);
-    uint64_t follows =
-        request->value_len + (inline_ ? 0 : mf_segments_of(request->value_len) * sizeof(uint64_t));
-    uint8_t head[MF_MAX_META + MF_MAX_KEY]; /* the buffer is used again for the value */
-    memcpy(head, key, request->key_len + request->meta_len);
-    stream->at += request->key_len + request->meta_len;
-    if (!before_blocking(stream, follows))
-        return false;
-    mf_op_begin(&op, memory, OPERATION_NS);
+    size_t head = request->key_len + request->meta_len;
+    int status = MF_OK;
+    bool good = true;
+    mf_op_begin(&op, connection->server->memory, OPERATION_NS);
     op.space = request->space;
-    int status = mf_put_reserve(&op, request->key_len, request->meta_len, request->value_len);
-    if (status != MF_OK) {
-        mf_op_end(&op);
-        return mf_stream_skip(stream, follows) && reply_status(stream, status);
-    }
-    mf_unpin(&op); /* the peer may be slow, and the blocks are ours while we hold their spans */
-    volatile bool good = false;
-    MF_GUARDED(memory->data, memory->at.data_bytes, good = receive_value(&op, stream), good = false);
-    if (!good) {
-        mf_put_abort(&op);
-        mf_op_end(&op);
-        return false;
-    }
-    op.checksum = request->c;
-    op.deadline = 0; /* the peer's time is not ours */
-    op.writer = writer_of(connection, request->a);
     op.number = (uint32_t)request->b;
-    status = mf_put_commit(&op, head, head + request->key_len, request->flags, &replaced);
+    if (!(op.writer = writer_of(connection, request->a)))
+        return false;
+    if (mf_is_inline(request->key_len, request->meta_len, request->value_len)) {
+        size_t whole = head + request->value_len;
+        if (!before_blocking(stream, whole) || !mf_stream_fill(stream, whole))
+            return false;
+        status = put_inline(&op, stream, request, &replaced);
+        stream->at += whole;
+    } else {
+        uint8_t *aside = malloc(head + MF_SPAN); /* the buffer is used again for the value */
+        if (!aside || !mf_stream_flush(stream))
+            return free(aside), false;
+        memcpy(aside, stream->in + stream->at, head);
+        stream->at += head;
+        good = put_chunked(&op, stream, request, aside, aside + head, &replaced, &status);
+        if (!good)
+            mf_put_abort(&op);
+        free(aside);
+    }
     mf_op_end(&op);
-    return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
+    return good && reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
            mf_stream_queue(stream, replaced.manifest, replaced.length);
 }
 
@@ -165,6 +224,8 @@ static bool serve_delete(struct connection *connection, const struct mf_request 
     op.space = request->space;
     op.writer = writer_of(connection, request->a);
     op.number = (uint32_t)request->b;
+    if (!op.writer)
+        return false;
     int status = mf_delete(&op, key, request->key_len, &replaced);
     mf_op_end(&op);
     return reply(stream, (struct mf_reply){.status = (uint8_t)status, .value_len = replaced.length}) &&
@@ -201,14 +262,15 @@ static bool serve_region(struct mf_memory *memory, struct mf_stream *stream, con
     struct mf_op op;
     uint64_t before = 0;
     int status = mf_region_range(memory, request->a, request->verb < MF_SWAP ? request->value_len : 8);
-    uint8_t *at = memory->data + memory->at.heap + request->a;
+    uint8_t *at = memory->data + memory->at.heap + (status == MF_OK ? request->a : 0);
     volatile bool good = true;
     mf_op_begin(&op, memory, OPERATION_NS);
     switch (request->verb) {
     case MF_READ:
         if (status == MF_OK && (status = mf_pin(&op)) == MF_OK) {
             struct mf_reply answer = {.status = MF_OK, .value_len = request->value_len};
-            good = mf_stream_send(stream, (struct iovec[]){{&answer, sizeof answer}, {at, request->value_len}}, 2);
+            good = mf_stream_queue(stream, &answer, sizeof answer) &&
+                   send_pinned(&op, stream, &(struct iovec){at, request->value_len}, 1);
             mf_op_end(&op);
             return good;
         }
@@ -242,6 +304,7 @@ static bool serve_resume(struct connection *connection, const struct mf_request 
     int error = 0;
     bool busy = true;
     pthread_mutex_lock(&server->mutex);
+    mf_writer_open(server->memory, request->a, server->writers); /* a fence, if it has no record yet */
     while (busy && !error) {
         busy = false;
         for (struct connection *c = server->all; c; c = c->next)
@@ -275,9 +338,10 @@ static bool serve_one(struct connection *connection) {
                        : request.verb == MF_READ || request.verb == MF_WRITE ? MF_READ_MAX
                                                                               : 0;
     bool region = request.verb >= MF_READ && request.verb <= MF_ADD, any = request.verb == MF_STATS;
+    bool changes = request.verb == MF_PUT || request.verb == MF_DELETE || request.verb == MF_RESUME;
     if (request.verb < MF_GET || request.verb > MF_RESUME || request.key_len > (keyed ? MF_MAX_KEY : 0) ||
         request.meta_len > (request.verb == MF_PUT ? MF_MAX_META : 0) || request.value_len > largest ||
-        request.space > 1 || (!any && region != (memory->at.kind == MF_REGION))) {
+        request.space > 1 || (changes && (request.a == 0 || request.b == 0)) || (!any && region != (memory->at.kind == MF_REGION))) {
         reply_status(stream, MF_BAD);
         mf_stream_flush(stream);
         return false;
@@ -289,7 +353,7 @@ static bool serve_one(struct connection *connection) {
     const uint8_t *key = stream->in + stream->at;
     switch (request.verb) {
     case MF_PUT:
-        return serve_put(connection, &request, key);
+        return serve_put(connection, &request);
     case MF_GET:
         stream->at += head;
         return serve_get(memory, stream, &request, key);

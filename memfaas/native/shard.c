@@ -86,7 +86,7 @@ uint64_t mf_value_sum(const void *meta, size_t meta_len, const void *value, size
 uint32_t mf_segments_of(uint64_t value_len) { return (uint32_t)((value_len + MF_SEGMENT - 1) / MF_SEGMENT); }
 
 bool mf_is_inline(uint64_t key_len, uint64_t meta_len, uint64_t value_len) {
-    return sizeof(struct mf_block) + key_len + meta_len + value_len <= MF_INLINE;
+    return value_len == 0 || sizeof(struct mf_block) + key_len + meta_len + value_len <= MF_INLINE;
 }
 
 static uint64_t table_sum(const void *meta, size_t meta_len, const void *sums, size_t length) {
@@ -100,6 +100,7 @@ static bool open_block(struct mf_op *op, const struct mf_block *block) {
     memcpy(&head, block, sizeof head);
     uint64_t at = (uint64_t)((const uint8_t *)block - memory->data) + sizeof head;
     if (head.header_sum != mf_hash(&head, offsetof(struct mf_block, header_sum), 0) || head.meta_len > MF_MAX_META ||
+        head.key_len > MF_MAX_KEY ||
         !in_heap(memory, at, (uint64_t)head.key_len + head.meta_len))
         return false;
     at += head.key_len;
@@ -129,7 +130,8 @@ static bool open_block(struct mf_op *op, const struct mf_block *block) {
     for (uint32_t i = 0; i < head.chunks; i++) {
         struct mf_chunk chunk;
         memcpy(&chunk, table + op->segments * sizeof *op->sums + i * sizeof chunk, sizeof chunk);
-        if (!in_heap(memory, chunk.offset, chunk.length))
+        bool last = i + 1 == head.chunks; /* segments do not cross chunks */
+        if (!in_heap(memory, chunk.offset, chunk.length) || (!last && chunk.length % MF_SEGMENT) || !chunk.length)
             return false;
         op->piece[i] = (struct iovec){memory->data + chunk.offset, chunk.length};
         total += chunk.length;
@@ -217,29 +219,66 @@ void mf_put_abort(struct mf_op *op) {
     if (op->head)
         mf_unalloc(op, op->head);
     op->head = 0;
-    op->pieces = 0;
+    op->pieces = op->chunks = 0;
     mf_release(op);
 }
 
-int mf_put_reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len) {
-    struct mf_memory *memory = op->memory;
-    if (memory->at.kind != MF_SHARD || key_len > MF_MAX_KEY || meta_len > MF_MAX_META)
+static int begin_put(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len) {
+    if (op->memory->at.kind != MF_SHARD || key_len > MF_MAX_KEY || meta_len > MF_MAX_META)
         return MF_BAD;
-    if (value_len > memory->at.part_size)
+    if (value_len > op->memory->at.part_size)
         return MF_TOO_LARGE;
-    int status = op->pin < 0 ? mf_pin(op) : MF_OK;
-    if (status != MF_OK)
-        return status;
     op->key_len = key_len;
     op->meta_len = meta_len;
     op->value_len = value_len;
     op->pieces = op->chunks = op->segments = 0;
-    uint64_t size = sizeof(struct mf_block) + key_len + meta_len;
+    return op->pin < 0 ? mf_pin(op) : MF_OK;
+}
+
+/* The whole spans of a value that is not inline: held for as long as a peer takes to fill them, which
+ * bothers nobody, for there are no other blocks in them. */
+int mf_put_reserve_spans(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len) {
+    int status = begin_put(op, key_len, meta_len, value_len);
+    if (status != MF_OK)
+        return status;
+    op->chunks = 1;
+    if (reserve_chunks(op, value_len / MF_SPAN * MF_SPAN, MF_SPAN))
+        return MF_OK;
+    mf_put_abort(op);
+    return MF_FULL;
+}
+
+static int reserve_head(struct mf_op *op) {
+    op->chunks = op->pieces;
+    op->segments = mf_segments_of(op->value_len);
+    uint64_t size = ALIGN8(sizeof(struct mf_block) + op->key_len + op->meta_len);
+    op->head_class = mf_class_of(size + op->segments * sizeof *op->sums + op->chunks * sizeof(struct mf_chunk));
+    if ((op->head = mf_alloc(op, op->head_class)))
+        return MF_OK;
+    mf_put_abort(op);
+    return MF_FULL;
+}
+
+int mf_put_reserve_rest(struct mf_op *op) {
+    int status = op->pin < 0 ? mf_pin(op) : MF_OK;
+    if (status == MF_OK && !reserve_chunks(op, op->value_len % MF_SPAN, MF_SEGMENT))
+        status = MF_FULL;
+    if (status == MF_OK)
+        return reserve_head(op);
+    mf_put_abort(op);
+    return status;
+}
+
+static int reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64_t value_len) {
+    int status = begin_put(op, key_len, meta_len, value_len);
+    if (status != MF_OK)
+        return status;
     if (mf_is_inline(key_len, meta_len, value_len)) {
+        uint64_t size = sizeof(struct mf_block) + key_len + meta_len;
         op->head_class = mf_class_of(size + value_len);
         if (!(op->head = mf_alloc(op, op->head_class)))
             return MF_FULL;
-        op->piece[0] = (struct iovec){memory->data + op->head + size, value_len};
+        op->piece[0] = (struct iovec){op->memory->data + op->head + size, value_len};
         op->pieces = 1;
         return MF_OK;
     }
@@ -247,19 +286,13 @@ int mf_put_reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64
     op->chunks = 1;
     if (!reserve_chunks(op, value_len, MF_SPAN)) {
         mf_put_abort(op);
+        op->chunks = 1;
         if (!reserve_chunks(op, value_len, MF_SEGMENT)) {
             mf_put_abort(op);
             return MF_FULL;
         }
     }
-    op->chunks = op->pieces;
-    op->segments = mf_segments_of(value_len);
-    size = ALIGN8(size) + op->segments * sizeof *op->sums + op->chunks * sizeof(struct mf_chunk);
-    op->head_class = mf_class_of(size);
-    if ((op->head = mf_alloc(op, op->head_class)))
-        return MF_OK;
-    mf_put_abort(op);
-    return MF_FULL;
+    return reserve_head(op);
 }
 
 /* The slot for a new key: in the emptier of its groups, but at home while there is room to spare. */
@@ -384,7 +417,7 @@ static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
 
 int mf_put(struct mf_op *op, const void *key, uint32_t key_len, const void *meta, uint32_t meta_len,
            const void *value, uint64_t value_len, uint8_t flags, struct mf_replaced *replaced) {
-    int status = mf_put_reserve(op, key_len, meta_len, value_len);
+    int status = reserve(op, key_len, meta_len, value_len);
     if (status != MF_OK)
         return status;
     MF_GUARDED(op->memory->data, op->memory->at.data_bytes, copy_in(op, meta, value), return MF_REVOKED);
@@ -428,7 +461,7 @@ static bool scan_group(struct mf_op *op, uint64_t group, uint8_t *out, size_t ro
         if (!block || !open_block(op, block))
             continue;
         uint32_t key_len = op->key_len;
-        if (key_len > MF_MAX_KEY || room - at < 16 + (size_t)key_len)
+        if (room - at < 16 + (size_t)key_len)
             return false;
         uint32_t numbers[2] = {key_len, op->flags};
         memcpy(out + at, numbers, 8);

@@ -3,6 +3,7 @@
 #include <limits.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -31,24 +32,51 @@ static bool broke(struct mf_stream *stream, int error) {
     return false;
 }
 
+/* Takes what was sent off the front of the pieces. */
+static void advance(struct iovec **pieces, size_t *count, size_t sent) {
+    while (*count && sent >= (*pieces)->iov_len) {
+        sent -= (*pieces)->iov_len;
+        ++*pieces;
+        --*count;
+    }
+    if (*count) {
+        (*pieces)->iov_base = (uint8_t *)(*pieces)->iov_base + sent;
+        (*pieces)->iov_len -= sent;
+    }
+}
+
+static ssize_t send_some(struct mf_stream *stream, struct iovec *pieces, size_t count, int flags) {
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count < IOV_MAX ? count : IOV_MAX};
+    ssize_t sent;
+    do
+        sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL | flags);
+    while (sent < 0 && errno == EINTR);
+    return sent;
+}
+
 static bool send_all(struct mf_stream *stream, struct iovec *pieces, size_t count) {
     while (count) {
-        struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count < IOV_MAX ? count : IOV_MAX};
-        ssize_t sent = sendmsg(stream->fd, &message, MSG_NOSIGNAL);
-        if (sent < 0) {
-            if (errno == EINTR)
-                continue;
+        ssize_t sent = send_some(stream, pieces, count, 0);
+        if (sent < 0)
             return broke(stream, errno);
+        advance(&pieces, &count, (size_t)sent);
+    }
+    return true;
+}
+
+bool mf_stream_send_until(struct mf_stream *stream, struct iovec **pieces, size_t *count, int64_t deadline) {
+    while (*count) {
+        ssize_t sent = send_some(stream, *pieces, *count, MSG_DONTWAIT);
+        if (sent < 0 && errno != EAGAIN)
+            return broke(stream, errno);
+        if (sent >= 0) {
+            advance(pieces, count, (size_t)sent);
+            continue;
         }
-        while (count && (size_t)sent >= pieces->iov_len) {
-            sent -= (ssize_t)pieces->iov_len;
-            pieces++;
-            count--;
-        }
-        if (count) {
-            pieces->iov_base = (uint8_t *)pieces->iov_base + sent;
-            pieces->iov_len -= (size_t)sent;
-        }
+        int64_t left = deadline - mf_now();
+        struct pollfd writable = {stream->fd, POLLOUT, 0};
+        if (left <= 0 || poll(&writable, 1, (int)(left / 1000000) + 1) == 0)
+            return true;
     }
     return true;
 }

@@ -57,6 +57,8 @@ struct mf_stream {
 };
 void mf_stream_open(struct mf_stream *stream, int fd, int64_t timeout_ns);
 bool mf_stream_send(struct mf_stream *stream, const struct iovec *pieces, size_t count); /* after flushing */
+/* Sends until the deadline what the peer takes; the pieces then are what is left. */
+bool mf_stream_send_until(struct mf_stream *stream, struct iovec **pieces, size_t *count, int64_t deadline);
 bool mf_stream_flush(struct mf_stream *stream);
 bool mf_stream_queue(struct mf_stream *stream, const void *data, size_t length); /* any length */
 bool mf_stream_fill(struct mf_stream *stream, size_t length); /* at least so much is in `in` at `at` */

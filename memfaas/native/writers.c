@@ -3,14 +3,26 @@
  * A client whose connection breaks between request and reply cannot know whether a put took effect,
  * and doing it again could undo somebody else's later put. So each connection has an id and numbers
  * its changes, the shard remembers the newest 32 of each, and the client asks (MF_RESUME) before it
- * repeats one. The record is written under the lock of the key's stripe; when the function is killed
+ * repeats one. That an id has been asked about also fences it: a request with it that is still under way
+ * somewhere finds a record that is not its connection's, and ends there. The record is written under the lock of the key's stripe; when the function is killed
  * between the slot's store and the record's, the next function finds `pending` and decides by the
  * block: linked or in limbo means that it took effect. (The dead one's pin still keeps the block.) */
 #include "memfaas.h"
 
-/* The record for a new connection: free ones first, then those of connections long gone, in turn. */
+static struct mf_writer *find(struct mf_memory *memory, uint64_t id) {
+    for (uint32_t i = 0; i < MF_WRITERS; i++)
+        if (atomic_load(&memory->control->writers[i].id) == id)
+            return &memory->control->writers[i];
+    return NULL;
+}
+
+/* A record for a new connection: those of connections long gone are used again, in turn. NULL when the
+ * id has one already: then it was asked about (a fence), or it is another connection's. The caller sees
+ * to it that nobody else is in here. */
 struct mf_writer *mf_writer_open(struct mf_memory *memory, uint64_t id, const bool *in_use) {
     struct mf_writer *writers = memory->control->writers;
+    if (find(memory, id))
+        return NULL;
     for (uint32_t tries = 0; tries < MF_WRITERS; tries++) {
         uint32_t i = atomic_fetch_add(&memory->control->next_writer, 1) % MF_WRITERS;
         if (in_use[i])
@@ -49,15 +61,12 @@ void mf_writer_done(struct mf_op *op, bool happened) {
 }
 
 bool mf_writer_asked(struct mf_memory *memory, uint64_t id, uint32_t number) {
-    for (uint32_t i = 0; i < MF_WRITERS; i++) {
-        struct mf_writer *writer = &memory->control->writers[i];
-        if (atomic_load(&writer->id) != id)
-            continue;
-        uint64_t done_ = atomic_load(&writer->done);
-        uint32_t behind = (uint32_t)(done_ >> 32) - number;
-        return behind < MF_REMEMBERED && done_ >> behind & 1;
-    }
-    return false;
+    struct mf_writer *writer = find(memory, id);
+    if (!writer)
+        return false;
+    uint64_t done_ = atomic_load(&writer->done);
+    uint32_t behind = (uint32_t)(done_ >> 32) - number;
+    return behind < MF_REMEMBERED && done_ >> behind & 1;
 }
 
 void mf_writers_recover(struct mf_memory *memory) {
