@@ -183,25 +183,8 @@ class Broker:
             await self.wait_until(condition, self.settled_at)
 
     async def detached(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Does work that must come to its end even when the one who asked for it goes away."""
-        results: list[T | MemfaasError] = []
-        done = trio.Event()
-
-        async def run() -> None:
-            try:
-                results.append(await work())
-            except MemfaasError as error:
-                results.append(error)
-            finally:
-                done.set()
-
-        self._nursery.start_soon(run)
-        await done.wait()
-        if not results:
-            raise TransportError("the broker is stopping")
-        if isinstance(results[0], MemfaasError):
-            raise results[0]
-        return results[0]
+        """Does work that must come to its end even when the session that asked for it goes away."""
+        return await process.detached(self._nursery, work)
 
     async def _expire(self) -> None:
         while True:

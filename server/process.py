@@ -7,15 +7,17 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
-from memfaas.errors import MemfaasError
+from memfaas.errors import MemfaasError, TransportError
 
 _KEEPALIVE_S = 15
 _PROBE_S = 5
 _PROBES = 3
+
+T = TypeVar("T")
 
 
 def announce(**facts: Any) -> None:
@@ -41,6 +43,28 @@ async def until_signal(run: Callable[[], Awaitable[None]]) -> None:
             nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
+
+
+async def detached(nursery: trio.Nursery, work: Callable[[], Awaitable[T]]) -> T:
+    """Does work in another task, so that it comes to its end even when the one who asked goes away."""
+    results: list[T | MemfaasError] = []
+    done = trio.Event()
+
+    async def run() -> None:
+        try:
+            results.append(await work())
+        except MemfaasError as error:
+            results.append(error)
+        finally:
+            done.set()
+
+    nursery.start_soon(run)
+    await done.wait()
+    if not results:
+        raise TransportError("the process is stopping")
+    if isinstance(results[0], MemfaasError):
+        raise results[0]
+    return results[0]
 
 
 def allow_many_files() -> None:

@@ -198,15 +198,22 @@ static uint64_t search(struct mf_op *op, unsigned hints_of, unsigned class_, boo
     return 0;
 }
 
+/* The operation holds no reference yet, so its own pin need not hold the epoch back. */
+static void advance_past_own_pin(struct mf_op *op) {
+    for (int i = 0; i < 2; i++) {
+        mf_repin(op);
+        mf_advance(op->memory);
+    }
+    mf_repin(op);
+}
+
 static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
     struct mf_memory *memory = op->memory;
-    for (uint32_t i = op->held_count; i-- > 0;) { /* one that this operation holds already */
+    for (uint32_t i = op->held_count; i-- > 0 && sizes[class_] < MF_SPAN;) { /* one that it holds already */
         uint32_t index = op->held[i];
-        if (class_in(span_at(memory, index)) == class_) {
-            uint64_t block = take(memory, index, class_);
-            if (block)
-                return block;
-        }
+        uint64_t block = class_in(span_at(memory, index)) == class_ ? take(memory, index, class_) : 0;
+        if (block)
+            return block;
     }
     uint32_t last = atomic_load_explicit(&memory->cursor[class_], memory_order_relaxed);
     if (class_in(span_at(memory, last)) == class_) {
@@ -215,13 +222,17 @@ static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
             return block;
     }
     uint64_t block = search(op, class_, class_, pending);
+    if (!block && *pending) {
+        /* What was freed lately is still in the cache; an unassigned span is not. */
+        advance_past_own_pin(op);
+        block = search(op, class_, class_, pending);
+    }
     return block ? block : search(op, 0, class_, pending);
 }
 
 #define WAIT_FOR_LIMBO_NS 1000000000ll
 
-/* The offset of a block, or 0: full. The operation must hold no reference into the shard (its pin is
- * renewed), for our own pin would keep the blocks in limbo that we wait for. */
+/* The offset of a block, or 0: full. The operation must hold no reference into the shard. */
 uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
     int64_t until = 0;
     for (;;) {
@@ -229,13 +240,7 @@ uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
         uint64_t block = alloc_once(op, class_, &pending);
         if (block)
             return block;
-        for (int i = 0; i < 2; i++) {
-            mf_repin(op);
-            mf_advance(op->memory);
-            mf_repin(op);
-        }
-        if (pending && (block = alloc_once(op, class_, &pending)))
-            return block;
+        advance_past_own_pin(op);
         pending = false;
         if (mf_sweep(op, &pending) && (block = alloc_once(op, class_, &pending)))
             return block;
