@@ -1,0 +1,412 @@
+"""The donor agent: lends this node's memory, and sees to it that memory functions serve it.
+
+It makes the memory of each lease, has a function serve it, and tells the broker what it holds. It is
+not in the way of any data. When it is killed, its functions go on, and the next agent finds them;
+when it is told to stop, it takes all memory back first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from memfaas import auth, rpc
+from memfaas.config import DonorSettings
+from memfaas.errors import AccessError, CapacityError, MemfaasError, ProtocolError, TransportError, UsageError
+from memfaas.fabric import boot_id
+from memfaas.messages import (
+    Adopt,
+    DonorReport,
+    Endpoint,
+    Free,
+    Freed,
+    Grant,
+    Granted,
+    LeaseGone,
+    LeaseSpec,
+    Memory,
+    Message,
+    Register,
+    Registered,
+    Serving,
+)
+from memfaas.server import memory, process
+from memfaas.server.custody import Custody, FunctionLink, make_descriptors
+from memfaas.server.fds import FdStream, peer_of
+from memfaas.server.home import Home
+from memfaas.server.placement import lease_bytes
+from memfaas.server.pool import FunctionProcess, Pool
+from memfaas.server.serving import DESCRIPTORS
+from memfaas.units import MIB, format_size
+
+_ADOPT_S = 5.0
+_REGISTER_S = 10.0
+_STOP_S = 60.0
+_SAY_S = 2.0
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+"""Between attempts to reach the broker. Short: it waits only a moment for its donors after a restart."""
+_LOOK_S = 10.0
+"""How often the node's memory is looked at; nothing tells when it changes."""
+_REPORT_PAUSE_S = 2.0
+_NOTICEABLE = 64 * MIB
+
+logger = logging.getLogger(__name__)
+
+
+class Agent:
+    """One donor, within `run`."""
+
+    def __init__(self, settings: DonorSettings, secret: bytes, on_ready: Callable[..., None]) -> None:
+        self._settings = settings
+        self._name = settings.name
+        self._credentials = auth.Credentials.of_donor(secret, settings.name)
+        self._ticket_key = auth.ticket_key(secret, settings.name)
+        self._on_ready = on_ready
+        self._home = Home(settings.home)
+        self._pool = Pool(settings.warm)
+        self._custodies: dict[bytes, Custody] = {}
+        self._offered = 0
+        self._host = settings.listen_host or ""
+        self._channel: rpc.Channel | None = None
+        self._ready = False
+        self._serving = True
+        self._changed = trio.Event()
+        self._reported: DonorReport | None = None
+        self._failure: MemfaasError | None = None
+        self._failed = trio.Event()
+        self._nursery: trio.Nursery
+
+    async def run(self) -> None:
+        """Until cancelled: then all memory is given back before this returns.
+
+        When it ends by an error the functions stay, for the next agent. Raises AccessError,
+        UsageError, ProtocolError.
+        """
+        self._home.enter()
+        stopped = False
+        try:
+            services = trio.CancelScope(shield=True)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve, services)
+                try:
+                    await self._failed.wait()
+                except trio.Cancelled:
+                    if self._serving:
+                        with trio.CancelScope(shield=True), trio.move_on_after(_STOP_S):
+                            await self._give_all_back()
+                            stopped = True
+                    raise
+                finally:
+                    services.cancel()
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._pool.stop()
+            self._home.leave(remove=stopped)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve(self, services: trio.CancelScope) -> None:
+        """All that goes on until the end, and still while the memory is given back."""
+        try:
+            with services:
+                async with trio.open_nursery() as self._nursery:
+                    self._nursery.start_soon(self._pool.run)
+                    try:
+                        await self._adopt_all()
+                        self._offered = self._offer()
+                        self._nursery.start_soon(self._report_changes)
+                        await self._stay_connected()
+                    except MemfaasError as error:
+                        self._failure = error
+                        self._failed.set()
+        finally:
+            self._serving = False
+
+    async def _give_all_back(self) -> None:
+        logger.info("donor %s: stopping, gives back %d leases", self._name, len(self._custodies))
+        for custody in self._custodies.values():
+            await self._say(LeaseGone(lease=custody.spec.lease, reason=f"donor {self._name} was stopped"))
+        async with trio.open_nursery() as nursery:
+            for custody in list(self._custodies.values()):
+                nursery.start_soon(self._drop, custody, "the donor was stopped")
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _offer(self) -> int:
+        """How much to lend in all. Raises UsageError when that is nothing."""
+        headroom = self._settings.headroom
+        lendable = memory.available() + sum(one.populated for one in self._custodies.values()) - headroom
+        if not memory.huge_pages():
+            logger.warning(
+                "this node gives shared memory no 2 MiB pages, so it comes back about 50 times slower when it "
+                "is needed (some 5 GiB/s); run as root: %s",
+                memory.ENABLE_HUGE_PAGES,
+            )
+        if self._settings.memory == "auto":
+            if lendable < MIB:
+                raise UsageError(
+                    f"nothing to lend: {format_size(max(0, lendable + headroom))} are available on this node, "
+                    f"and --headroom keeps {format_size(headroom)} of it"
+                )
+            return lendable
+        if self._settings.memory > lendable:
+            logger.warning(
+                "donor %s is to lend %s, but the node could spare only %s beyond the headroom now",
+                self._name,
+                format_size(self._settings.memory),
+                format_size(max(0, lendable)),
+            )
+        return self._settings.memory
+
+    def _memory(self) -> Memory:
+        custodies = self._custodies.values()
+        return Memory(
+            offered=self._offered,
+            leased=sum(one.bytes for one in custodies),
+            populated=sum(one.populated for one in custodies),
+            available=memory.available(),
+            headroom=self._settings.headroom,
+        )
+
+    # --- leases ---------------------------------------------------------------------------------
+
+    def _custody(self, spec: LeaseSpec, endpoint: Endpoint, descriptors: list[int]) -> Custody:
+        custody = Custody(
+            spec,
+            endpoint,
+            descriptors,
+            donor=self._name,
+            ticket_key=self._ticket_key,
+            on_change=self._change,
+            on_lost=lambda custody, reason: self._nursery.start_soon(self._lose, custody, reason),
+        )
+        self._custodies[spec.lease] = custody
+        return custody
+
+    async def _grant(self, spec: LeaseSpec) -> Granted:
+        if spec.lease in self._custodies:
+            raise UsageError(f"lease {spec.lease.hex()[:8]} is held already")
+        try:
+            memory.check_room(self._memory(), lease_bytes(spec.kind, spec.size), f"donor {self._name}: the {spec.kind}")
+        except CapacityError:
+            await self._report()  # the broker believed that there was room
+            raise
+        path = self._home.unix_path(spec.lease)
+        descriptors, port = make_descriptors(spec, path, self._host)
+        endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port)
+        custody = self._custody(spec, endpoint, descriptors)
+        try:
+            await self._nursery.start(custody.keep, self._nursery, self._pool)
+        except MemfaasError:
+            await self._drop(custody, "no function could serve it")
+            raise
+        logger.info("lease %s of %s: granted, %s %s", custody.name, spec.tenant, spec.kind, format_size(spec.size))
+        return Granted(endpoint=endpoint, memory=self._memory())
+
+    async def _free(self, lease: bytes, reason: str) -> Freed:
+        custody = self._custodies.get(lease)
+        if custody is not None:
+            await self._drop(custody, reason)
+        return Freed(memory=self._memory())
+
+    async def _drop(self, custody: Custody, reason: str) -> None:
+        await custody.end(reason)
+        self._custodies.pop(custody.spec.lease, None)
+        self._change()
+
+    async def _lose(self, custody: Custody, reason: str) -> None:
+        await self._drop(custody, reason)
+        await self._say(LeaseGone(lease=custody.spec.lease, reason=reason))
+
+    # --- functions of an earlier agent ----------------------------------------------------------
+
+    async def _adopt_all(self) -> None:
+        for path in self._home.control_paths():
+            try:
+                with trio.fail_after(_ADOPT_S):
+                    await self._adopt(path)
+            except (ConnectionRefusedError, FileNotFoundError):
+                self._home.forget(path)  # it died after its agent, and its memory with it
+            except (OSError, MemfaasError, trio.TooSlowError) as error:
+                logger.error("the memory function at %s cannot be adopted: %r", path, error)
+
+    async def _adopt(self, path: Path) -> None:
+        stream = FdStream((await trio.open_unix_socket(str(path))).socket)
+        pid, _ = peer_of(stream.socket)
+        link = FunctionLink(FunctionProcess(pid, stream))
+        self._nursery.start_soon(link.run)
+        log = _log_descriptor()
+        try:
+            stream.attach([log])
+            serving = await link.channel.request(Adopt(), Serving)
+        finally:
+            os.close(log)
+        try:
+            descriptors = stream.take(DESCRIPTORS)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        custody = self._custody(serving.spec, serving.endpoint, descriptors)
+        await self._nursery.start(custody.keep, self._nursery, self._pool, link)
+        logger.info("lease %s: adopted function %d", custody.name, pid)
+
+    # --- the broker -----------------------------------------------------------------------------
+
+    async def _stay_connected(self) -> None:
+        """Connects again whenever the connection breaks. Raises what waiting does not mend."""
+        pause = _FIRST_PAUSE_S
+        trouble = ""
+        while True:
+            failure = await self._connection()
+            if failure is None:
+                logger.warning("donor %s: lost the broker at %s", self._name, self._settings.broker)
+                pause = _FIRST_PAUSE_S
+            elif isinstance(failure, AccessError | ProtocolError) and not self._ready:
+                raise failure
+            elif str(failure) != trouble:
+                trouble = str(failure)
+                logger.warning("donor %s: no connection to the broker, still trying: %s", self._name, trouble)
+            # Jitter: every donor lost the same broker at the same moment.
+            await trio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 1.6, _LONGEST_PAUSE_S)
+
+    async def _connection(self) -> MemfaasError | None:
+        """One connection, until it ends. Returns why we could not register, or None."""
+        broker = self._settings.broker
+        try:
+            stream = await rpc.dial(broker.host, broker.port, "donor", self._credentials)
+        except MemfaasError as error:
+            return error
+        process.notice_dead_peers(stream.socket)
+        self._learn_host(str(stream.socket.getsockname()[0]))
+        channel = rpc.Channel(stream, self, "the broker")
+        failure: MemfaasError | None = TransportError("the connection to the broker broke")
+        async with trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                try:
+                    await channel.run()
+                except ProtocolError as error:
+                    logger.error("donor %s: %s", self._name, error)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(run)
+            try:
+                await self._register(channel)
+            except MemfaasError as error:
+                failure = error
+                nursery.cancel_scope.cancel()
+            else:
+                failure = None
+                self._channel = channel
+                self._change()
+        self._channel = None
+        return failure
+
+    def _learn_host(self, local: str) -> None:
+        """Clients reach us by the address that we have on the way to the broker, unless told otherwise."""
+        self._host = self._settings.listen_host or local
+
+    async def _register(self, channel: rpc.Channel) -> None:
+        self._reported = None
+        register = Register(
+            donor=self._name,
+            node=boot_id(),
+            host=self._host,
+            memory=self._memory(),
+            held=[custody.held for custody in self._custodies.values()],
+        )
+        answer = await channel.request(register, Registered, _REGISTER_S)
+        logger.info("donor %s: registered, lends %s", self._name, format_size(self._offered))
+        for lease in answer.drop:
+            self._nursery.start_soon(self._drop_and_say, lease)
+        if not self._ready:
+            self._ready = True
+            self._on_ready(role="donor", donor=self._name, host=self._host, offered=self._offered)
+
+    async def _drop_and_say(self, lease: bytes) -> None:
+        await self._free(lease, "the broker says that it is over")
+        await self._say(LeaseGone(lease=lease, reason="it was over"))
+
+    async def on_request(self, message: Message) -> Message:
+        match message:
+            case Grant():
+                return await process.detached(self._nursery, lambda: self._grant(message.spec))
+            case Free():
+                return await process.detached(self._nursery, lambda: self._free(message.lease, message.reason))
+        raise ProtocolError(f"a donor does not answer {type(message).__name__}")
+
+    def on_notice(self, message: Message) -> None:
+        raise ProtocolError(f"a donor is told no {type(message).__name__}")
+
+    async def _say(self, message: Message) -> None:
+        """Tells the broker; when it is away, the next registration does."""
+        if self._channel is None:
+            return
+        try:
+            with trio.move_on_after(_SAY_S):
+                await self._channel.notify(message)
+        except TransportError:
+            pass
+
+    # --- reports --------------------------------------------------------------------------------
+
+    def _change(self) -> None:
+        self._changed.set()
+
+    async def _report_changes(self) -> None:
+        while True:
+            with trio.move_on_after(_LOOK_S):
+                await self._changed.wait()
+            self._changed = trio.Event()
+            if self._reported is None or _differs(self._reported, self._draft()):
+                await self._report()
+                await trio.sleep(_REPORT_PAUSE_S)
+
+    def _draft(self) -> DonorReport:
+        links = {custody.spec.lease: custody.links for custody in self._custodies.values() if custody.links}
+        return DonorReport(memory=self._memory(), links=links)
+
+    async def _report(self) -> None:
+        if self._channel is not None:
+            self._reported = self._draft()
+            await self._say(self._reported)
+
+
+def _differs(old: DonorReport, new: DonorReport) -> bool:
+    """Whether the broker should know."""
+    return (
+        old.links != new.links
+        or old.memory.leased != new.memory.leased
+        or abs(old.memory.populated - new.memory.populated) >= min(_NOTICEABLE, new.memory.leased // 8 or 1)
+        or abs(old.memory.available - new.memory.available) >= _NOTICEABLE
+    )
+
+
+def _log_descriptor() -> int:
+    """Where functions write what goes wrong: our own standard error."""
+    try:
+        return os.dup(2)
+    except OSError:  # it is closed
+        return os.open(os.devnull, os.O_WRONLY)
+
+
+async def run_donor(settings: DonorSettings, on_ready: Callable[..., None] = process.announce) -> None:
+    """Runs a donor until it is cancelled, and then takes all memory back before it returns.
+
+    `on_ready` gets `donor`, `host` and `offered` (bytes) once the broker knows it. Raises AccessError,
+    ProtocolError, UsageError.
+    """
+    secret = auth.read_secret(settings.secret_path)
+    process.allow_many_files()
+    await Agent(settings, secret, on_ready).run()
+
+
+def main(settings: DonorSettings) -> None:
+    """`memfaas donor`: runs until SIGTERM or SIGINT."""
+    trio.run(process.until_signal, lambda: run_donor(settings))

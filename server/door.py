@@ -1,0 +1,235 @@
+"""Where clients come in: the handshake with a ticket, and then the memory, over shm or tcp."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from memfaas import _native, auth, rpc
+from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
+from memfaas.messages import LeaseSpec, Refused, TicketHello, Welcome
+from memfaas.server import process
+from memfaas.server.fds import FdStream, peer_of
+from memfaas.server.lobby import Lobby
+
+_STRANGERS = 64
+_REAP_AGAIN_S = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class Door:
+    """Admits clients to one lease's memory, and cleans up behind those that die or leave.
+
+    `on_change` is called whenever the number of links may have changed.
+    """
+
+    def __init__(
+        self,
+        memory: _native.Memory,
+        descriptors: list[int],
+        spec: LeaseSpec,
+        donor: str,
+        ticket_key: bytes,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._memory = memory
+        self._server = _native.Server(memory)
+        self._descriptors = descriptors
+        self._spec = spec
+        self._donor = donor
+        self._ticket_key = ticket_key
+        self._on_change = on_change
+        self._lobby = Lobby(_STRANGERS)
+        self._attached = 0
+
+    def links(self) -> dict[str, int]:
+        counts = {"shm": self._attached, "tcp": self._server.connections()}
+        return {fabric: count for fabric, count in counts.items() if count}
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ends all tcp connections; False when some did not end in time. Blocks."""
+        return self._server.stop(timeout_s)
+
+    async def run(self, unix: trio.SocketListener, tcp: trio.SocketListener) -> None:
+        """Serves both listeners, and watches the clients that a killed function has left attached."""
+        async with trio.open_nursery() as nursery:
+            for participant, pid, start_time in self._memory.participants():
+                nursery.start_soon(self._watch_inherited, participant, pid, start_time)
+            nursery.start_soon(trio.serve_listeners, self._on_unix, [unix])
+            nursery.start_soon(trio.serve_listeners, self._on_tcp, [tcp])
+
+    async def _on_unix(self, stream: trio.SocketStream) -> None:
+        await self._guarded(self._serve_shm, stream)
+
+    async def _on_tcp(self, stream: trio.SocketStream) -> None:
+        await self._guarded(self._serve_tcp, stream)
+
+    async def _guarded(self, serve: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream) -> None:
+        """What goes wrong with one client ends its connection only."""
+        name = self._spec.lease.hex()[:8]
+        try:
+            await serve(stream)
+        except (OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
+            logger.debug("lease %s: a client went before it was admitted: %r", name, error)
+        except MemfaasError as error:
+            logger.warning("lease %s: a client was refused: %s", name, error)
+        except Exception:
+            logger.exception("lease %s: a client's connection was closed", name)
+
+    # --- the handshake --------------------------------------------------------------------------
+
+    async def _admit(self, stream: trio.SocketStream, fabric: Literal["shm", "tcp"]) -> auth.Ticket | None:
+        """The client's ticket; None for one that took too long. One that is refused is told why."""
+        ticket = None
+        with self._lobby.stranger(rpc.HANDSHAKE_TIMEOUT_S):
+            try:
+                ticket = await self._handshake(stream, fabric)
+            except MemfaasError as error:
+                await _refuse(stream, error)
+                raise
+        return ticket
+
+    async def _handshake(self, stream: trio.SocketStream, fabric: Literal["shm", "tcp"]) -> auth.Ticket:
+        hello = await rpc.receive_message(stream)
+        auth.check_hello(hello)
+        if not isinstance(hello, TicketHello) or hello.fabric != fabric:
+            raise ProtocolError(f"expected the hello of a client over {fabric}")
+        ticket = auth.check_ticket(hello.ticket, lease=self._spec.lease, tenant=self._spec.tenant, donor=self._donor)
+        key = auth.proof_key(self._ticket_key, hello.ticket)
+        asked = auth.challenge(hello, key)
+        await rpc.send_message(stream, asked)
+        auth.check_answer(hello, asked, await rpc.receive_message(stream), key)
+        return ticket
+
+    # --- shm ------------------------------------------------------------------------------------
+
+    async def _serve_shm(self, stream: trio.SocketStream) -> None:
+        ticket = await self._admit(stream, "shm")
+        if ticket is None:
+            return
+        try:
+            pid, pidfd = _identify(stream, ticket)
+        except MemfaasError as error:
+            await _refuse(stream, error)
+            raise
+        try:
+            await self._lend(stream, pid, pidfd)
+        finally:
+            os.close(pidfd)
+
+    async def _lend(self, stream: trio.SocketStream, pid: int, pidfd: int) -> None:
+        """Passes the memory to a process, and takes it back when that ends or hangs up."""
+        try:
+            participant = self._memory.attach(pid, start_time_of(pid))
+        except OSError as error:
+            reason = "all its places are taken" if error.errno == errno.EMFILE else error.strerror
+            refusal = FabricUnavailable(f"shm cannot attach one more process to this lease: {reason}")
+            await _refuse(stream, refusal)
+            raise refusal from error
+        self._attached += 1
+        self._on_change()
+        try:
+            carrier = FdStream(stream.socket)
+            carrier.attach(self._descriptors)
+            with trio.fail_after(rpc.HANDSHAKE_TIMEOUT_S):
+                await rpc.send_message(carrier, Welcome(participant=participant))
+            await _until_gone(stream, pidfd)
+        finally:
+            await self._detach(participant)
+
+    async def _watch_inherited(self, participant: int, pid: int, start_time: int) -> None:
+        self._attached += 1
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # it has ended, and perhaps its parent too
+            await self._detach(participant)
+            return
+        try:
+            if start_time_of(pid) == start_time:  # else the id is another process's by now
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+            await self._detach(participant)
+
+    async def _detach(self, participant: int) -> None:
+        self._attached -= 1
+        self._on_change()
+        while True:
+            try:
+                return await trio.to_thread.run_sync(self._memory.reap, participant)
+            except TimeoutError as error:
+                logger.warning("lease %s: behind a client that is gone: %s", self._spec.lease.hex()[:8], error)
+            await trio.sleep(_REAP_AGAIN_S)
+
+    # --- tcp ------------------------------------------------------------------------------------
+
+    async def _serve_tcp(self, stream: trio.SocketStream) -> None:
+        if await self._admit(stream, "tcp") is None:
+            return
+        process.notice_dead_peers(stream.socket)
+        with trio.fail_after(rpc.HANDSHAKE_TIMEOUT_S):
+            await rpc.send_message(stream, Welcome())
+        descriptor = stream.socket.detach()
+        os.set_blocking(descriptor, True)
+        self._server.serve(descriptor)
+        self._on_change()
+
+
+def start_time_of(pid: int) -> int:
+    """When a process started, in clock ticks since the node's start; 0 when there is none such.
+
+    With it a process id names one process for ever.
+    """
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(line.rpartition(")")[2].split()[19])  # the name before it may hold anything
+
+
+def _identify(stream: trio.SocketStream, ticket: auth.Ticket) -> tuple[int, int]:
+    """The client's process: its id, and a descriptor that tells when it has ended."""
+    pid, uid = peer_of(stream.socket)
+    if ticket.uid is not None and uid not in (0, os.getuid(), ticket.uid):
+        raise AccessError(f"the ticket is for user id {ticket.uid}, not {uid}")
+    if pid == 0:
+        raise FabricUnavailable("shm needs a client in the donor's PID namespace: else its end would go unseen")
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError as error:
+        raise FabricUnavailable(f"shm cannot watch the client's process {pid}: {error.strerror}") from error
+
+
+async def _until_gone(stream: trio.SocketStream, pidfd: int) -> None:
+    """Returns when the process has ended, or has closed its end of the stream.
+
+    A forked child may hold that end open, so the stream alone does not tell.
+    """
+
+    async def until_closed() -> None:
+        try:
+            if await stream.receive_some(1):
+                return  # it has nothing to say here, but while it lives it may use the memory
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(until_closed)
+        await trio.lowlevel.wait_readable(pidfd)
+        nursery.cancel_scope.cancel()
+
+
+async def _refuse(stream: trio.SocketStream, error: MemfaasError) -> None:
+    with trio.move_on_after(1):
+        try:
+            await rpc.send_message(stream, Refused(code=error.code, text=str(error)))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass

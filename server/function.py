@@ -1,0 +1,196 @@
+"""A memory function: one process that serves one lease's memory.
+
+It starts idle, and becomes the function of a lease when its agent sends it the lease's descriptors:
+data and control memory, and two listening sockets. The agent keeps those too. So when a function is
+killed another takes its place on the same memory, and when the agent is killed the function goes on,
+until a new agent adopts it through its own control socket and gets the descriptors back.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+from pathlib import Path
+
+import trio
+
+from memfaas import rpc
+from memfaas.errors import ProtocolError, TransportError
+from memfaas.messages import Adopt, Done, FunctionReport, Message, Serve, Serving, Stop
+from memfaas.server import process
+from memfaas.server.fds import FdStream, peer_of
+from memfaas.server.serving import DESCRIPTORS, Served
+
+ORPHAN_LIFE_S = 300.0
+"""How long a function waits for a new agent before it gives its memory back and ends."""
+_LEAVE_S = 5.0
+_REPORT_PAUSE_S = 0.1
+_TCP_CHECK_S = 5.0
+"""Native threads end by themselves when their clients hang up; so often it is looked for."""
+
+logger = logging.getLogger(__name__)
+
+
+def control_path(unix_path: str) -> Path:
+    """Where the function behind a lease's Unix socket listens for a new agent."""
+    return Path(unix_path).with_suffix(".ctl")
+
+
+def main(sock: socket.socket) -> None:
+    """Runs a function at the other end of its agent's socket, until it is told to stop."""
+    os.umask(0o077)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which will tell us
+    process.allow_many_files()
+    trio.run(_run, sock)
+
+
+async def _run(sock: socket.socket) -> None:
+    async with trio.open_nursery() as nursery:
+        sock.setblocking(False)
+        await Function(nursery).serve_agent(FdStream(trio.socket.from_stdlib_socket(sock)), adopts=False)
+
+
+class Function:
+    """Serves at most one lease in its life."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._served: Served | None = None
+        self._agent: rpc.Channel | None = None
+        self._obeys = trio.Event()
+        self._changed = trio.Event()
+        self._ended = False
+
+    async def serve_agent(self, stream: FdStream, *, adopts: bool) -> None:
+        """Serves a connection to an agent, which is obeyed at once, or else when it `adopts` us."""
+        peer = _AgentPeer(self, stream)
+        if not adopts:
+            self.obey(peer.channel)
+        try:
+            await peer.channel.run()
+        except ProtocolError as error:
+            logger.error("%s", error)
+        if self._agent is peer.channel:
+            self._agent = None
+            await self._without_agent()
+
+    def obey(self, agent: rpc.Channel) -> None:
+        """Only one agent runs in a donor's folder, so an earlier one is dead."""
+        previous, self._agent = self._agent, agent
+        self._obeys.set()
+        self._changed.set()
+        if previous is not None:
+            self._nursery.start_soon(previous.aclose)
+
+    async def _without_agent(self) -> None:
+        if self._served is not None and not self._ended:
+            logger.info("lease %s: the agent is gone, serving on", self._served.name)
+            self._obeys = trio.Event()
+            with trio.move_on_after(ORPHAN_LIFE_S):
+                await self._obeys.wait()
+                return
+            logger.warning("lease %s: no agent for %g s, so it ends", self._served.name, ORPHAN_LIFE_S)
+            await self._served.give_back()
+        self._nursery.cancel_scope.cancel()
+
+    async def serve(self, message: Serve, descriptors: list[int]) -> None:
+        """Becomes the function of a lease. Raises LeaseLost when its memory makes no sense."""
+        if self._served is not None:
+            raise ProtocolError("this function serves a lease already")
+        token = trio.lowlevel.current_trio_token()
+        served = Served(message, descriptors, on_change=lambda: self._changed.set())
+        await served.prepare()
+        self._served = served
+        self._nursery.start_soon(served.run)
+        self._nursery.start_soon(self._accept_agents, served)
+        self._nursery.start_soon(self._report, served)
+        served.start_populating(lambda: token.run_sync_soon(lambda: self._changed.set()))
+
+    def serving(self) -> tuple[Serving, list[int]]:
+        """What a new agent has to know, and the descriptors that it needs."""
+        if self._served is None or self._ended:
+            raise ProtocolError("this function serves no lease")
+        message = self._served.message
+        answer = Serving(donor=message.donor, spec=message.spec, endpoint=message.endpoint, pid=os.getpid())
+        return answer, self._served.descriptors
+
+    async def stop(self) -> None:
+        self._ended = True
+        if self._served is not None:
+            await self._served.give_back()
+        self._nursery.start_soon(self._leave)
+
+    async def _leave(self) -> None:
+        await trio.sleep(_LEAVE_S)  # the agent hangs up before, when it has our answer
+        self._nursery.cancel_scope.cancel()
+
+    async def _accept_agents(self, served: Served) -> None:
+        path = control_path(served.message.endpoint.unix_path)
+        path.unlink(missing_ok=True)  # a killed function left it
+        with trio.socket.socket(socket.AF_UNIX) as sock:
+            await sock.bind(str(path))
+            sock.listen()
+            try:
+                await trio.serve_listeners(self._on_agent, [trio.SocketListener(sock)])
+            finally:
+                path.unlink(missing_ok=True)
+
+    async def _on_agent(self, stream: trio.SocketStream) -> None:
+        _, uid = peer_of(stream.socket)
+        if uid in (0, os.getuid()):
+            await self.serve_agent(FdStream(stream.socket), adopts=True)
+
+    async def _report(self, served: Served) -> None:
+        """Tells the agent what changed, and a new agent everything."""
+        told: tuple[rpc.Channel, FunctionReport] | None = None
+        while True:
+            with trio.move_on_after(_TCP_CHECK_S if served.has_tcp_links() else math.inf):
+                await self._changed.wait()
+            self._changed = trio.Event()
+            report = served.report()
+            if self._agent is not None and (self._agent, report) != told:
+                told = (self._agent, report)
+                try:
+                    await self._agent.notify(report)
+                except TransportError:
+                    pass
+            await trio.sleep(_REPORT_PAUSE_S)
+
+
+class _AgentPeer:
+    """What an agent may ask."""
+
+    def __init__(self, function: Function, stream: FdStream) -> None:
+        self.channel = rpc.Channel(stream, self, "the agent")
+        self._function = function
+        self._stream = stream
+
+    async def on_request(self, message: Message) -> Message:
+        match message:
+            case Serve():
+                await self._function.serve(message, self._take(DESCRIPTORS))
+                return Done()
+            case Adopt():
+                (log,) = self._take(1)
+                os.dup2(log, 2)  # the old agent's log is closed, or soon will be
+                os.close(log)
+                answer, descriptors = self._function.serving()
+                self._function.obey(self.channel)
+                self._stream.attach(descriptors)
+                return answer
+            case Stop():
+                await self._function.stop()
+                return Done()
+        raise ProtocolError(f"a function does not answer {type(message).__name__}")
+
+    def _take(self, count: int) -> list[int]:
+        try:
+            return self._stream.take(count)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+
+    def on_notice(self, message: Message) -> None:
+        raise ProtocolError(f"a function is told no {type(message).__name__}")

@@ -1,0 +1,94 @@
+"""A donor's folder: its lock, and the sockets of its memory functions."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from memfaas.errors import UsageError
+
+_LOCK = "lock"
+
+
+class Home:
+    """Held by one agent at a time.
+
+    Other users may pass through (mode 0711), to a data socket whose name they have from the broker,
+    but cannot list it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+
+    def enter(self) -> None:
+        """Makes the folder where it is missing, and locks it. Raises UsageError."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o711)
+            _check_owner(self.folder.parent)
+            self.folder.mkdir(exist_ok=True, mode=0o711)
+            _check_owner(self.folder)
+            self.folder.chmod(0o711)
+            self._lock = self._take_lock()
+        except OSError as error:
+            raise UsageError(f"cannot use the runtime folder {self.folder}: {error.strerror}") from error
+
+    def _take_lock(self) -> int:
+        path = self.folder / _LOCK
+        while True:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                raise UsageError(
+                    f"another donor runs in {self.folder}; stop it, or give this one another --name"
+                ) from None
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)  # its last holder removed it, just before we had it
+
+    def unix_path(self, lease: bytes) -> Path:
+        """Half of a lease's identity: a socket's path must be short."""
+        return self.folder / f"{lease.hex()[:16]}.sock"
+
+    def control_paths(self) -> list[Path]:
+        """Where functions of an earlier agent may listen."""
+        return sorted(self.folder.glob("*.ctl"))
+
+    def forget(self, control_path: Path) -> None:
+        """Removes the sockets of a function that is dead."""
+        for path in (control_path, control_path.with_suffix(".sock")):
+            path.unlink(missing_ok=True)
+
+    def leave(self, *, remove: bool) -> None:
+        """Unlocks it for the next agent, and removes it if there is nothing left for one to find."""
+        if self._lock is None:
+            return
+        if remove and [path.name for path in self.folder.iterdir()] == [_LOCK]:
+            (self.folder / _LOCK).unlink()
+            _remove_if_empty(self.folder)
+            _remove_if_empty(self.folder.parent)
+        os.close(self._lock)
+        self._lock = None
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        pass  # another donor's things are in it, or it is not ours to remove
+
+
+def _check_owner(folder: Path) -> None:
+    """Whoever owns the folder can put a socket of their own in the place of ours."""
+    status = folder.stat()
+    if status.st_uid not in (0, os.geteuid()):
+        raise UsageError(f"the runtime folder {folder} belongs to user {status.st_uid}; choose another --runtime-dir")
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise UsageError(f"everybody can write to the runtime folder {folder}; choose another --runtime-dir")
