@@ -1,0 +1,52 @@
+"""Is a shard whole, and does anybody hold anything in it? Asked of the C code's own structures."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from memfaas.testing.compiling import compile_with_core
+
+_FIELDS = (
+    "locks", "pins", "spans", "places", "broken", "shared", "leaked", "dangling", "limbo", "counted_wrong",
+)  # fmt: skip
+
+
+class _Report(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in _FIELDS]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory(prefix="memfaas-fsck-") as folder:
+        path = Path(folder, "fsck.so")
+        compile_with_core(Path(__file__).with_name("fsck.c"), path, ["-O1", "-shared", "-fPIC"], without=["shard.c"])
+        library = ctypes.CDLL(str(path))
+    library.fsck.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Report)]
+    library.block_size.argtypes = [ctypes.c_uint64]
+    library.block_size.restype = ctypes.c_uint32
+    return library
+
+
+def report(data_fd: int, control_fd: int) -> Mapping[str, int]:
+    """Counts, each by the comment in fsck.c. Nothing may run on the memory meanwhile."""
+    found = _Report()
+    error = _library().fsck(data_fd, control_fd, ctypes.byref(found))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return {name: getattr(found, name) for name in _FIELDS}
+
+
+def faults(data_fd: int, control_fd: int) -> Mapping[str, int]:
+    """Those counts that must be 0 when every operation has ended, and are not."""
+    innocent = ("places", "limbo")
+    return {name: n for name, n in report(data_fd, control_fd).items() if n and name not in innocent}
+
+
+def block_size(size: int) -> int:
+    """Bytes of the heap that a block for so many bytes takes."""
+    return int(_library().block_size(size))

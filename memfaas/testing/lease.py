@@ -1,0 +1,167 @@
+"""One lease's memory with nothing around it: no broker, no donor, no tickets.
+
+What the donor agent and the memory function do for a lease is here a few lines in one process, so
+that the native core can be tested, and misused, directly.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from memfaas._native import (
+    NEED_CONNECTION,
+    LinkDown,
+    Memory,
+    RegionCore,
+    Server,
+    ShmLink,
+    StoreCore,
+    TcpLink,
+    format_memory,
+    geometry,
+)
+
+if TYPE_CHECKING:
+    from memfaas._native import Value
+
+Kind = Literal["shard", "region"]
+
+
+def make_memory(kind: Kind, size: int) -> tuple[int, int]:
+    """Descriptors of fresh data and control memory, sealed as a donor seals them."""
+    data_bytes, control_bytes = geometry(kind, size)
+    data = os.memfd_create("memfaas-test-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    control = os.memfd_create("memfaas-test-control", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(data, data_bytes)
+    os.ftruncate(control, control_bytes)
+    format_memory(data, control, kind=kind, size=size, lease=b"L" * 16, store=b"S" * 16, shard=0, epoch=1)
+    fcntl.fcntl(data, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(control, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return data, control
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of one tcp connection on the loopback device."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    return near, far
+
+
+def _bytes_of(value: Value) -> memoryview:
+    return memoryview(cast("Any", value)).cast("B")  # NumPy's stubs know no buffers before Python 3.12
+
+
+class BareStore(StoreCore):
+    """A store of one shard without a session.
+
+    `repair(store, reason)` mends the link; without it, a link that cannot serve is LinkDown(reason).
+    Values stay as they are stored, whatever their flags say.
+    """
+
+    def __init__(self, part_size: int, repair: Callable[[BareStore, int], None] | None = None) -> None:
+        super().__init__([b"the only shard  "], part_size, True)
+        self._repair_with = repair
+        self.forgotten: list[bytes] = []
+
+    def _repair(self, shard: int, reason: int, attempt: int) -> None:
+        if self._repair_with is None:
+            raise LinkDown(reason)
+        self._repair_with(self, reason)
+
+    def _unpack(self, key: bytes, value: bytes, meta: bytes, flags: int) -> bytes:
+        return value
+
+    def _put_rare(self, key: bytes, value: Value) -> None:
+        self._save(key, 0, _bytes_of(value), b"", 0)
+
+    def _get_into_rare(self, key: bytes, buffer: Value) -> int:
+        found = self._load_into(key, 0, _bytes_of(buffer))
+        return found[0] if found else 0
+
+    def _forget(self, manifest: bytes) -> None:
+        self.forgotten.append(manifest)
+
+    def scan(self, space: int) -> dict[bytes, tuple[int, int]]:
+        """Flags and length of the value of every key."""
+        found: dict[bytes, tuple[int, int]] = {}
+        cursor = 0
+        while True:
+            cursor, batch = self._scan(0, cursor, space)
+            found.update((key, (flags, length)) for key, flags, length in batch)
+            if not cursor:
+                return found
+
+
+class BareRegion(RegionCore):
+    """A region without a session; a link that cannot serve is LinkDown(reason)."""
+
+    def _repair(self, shard: int, reason: int, attempt: int) -> None:
+        raise LinkDown(reason)
+
+
+class BareLease:
+    """Memory, the function that serves it, and its clients, all in this process."""
+
+    def __init__(self, kind: Kind, size: int, *, timeout_s: float = 30.0) -> None:
+        self.timeout_s = timeout_s
+        self.data_fd, self.control_fd = make_memory(kind, size)
+        self.memory = Memory(self.data_fd, self.control_fd)
+        self.server = Server(self.memory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.hang_up()
+        os.close(self.data_fd)
+        os.close(self.control_fd)
+
+    def hang_up(self) -> None:
+        """Ends all tcp connections; then nothing of the server's is at work any more."""
+        if not self.server.stop(self.timeout_s):
+            raise AssertionError("a connection's thread did not end")
+        self.server = Server(self.memory)
+
+    def connect(self) -> socket.socket:
+        """A raw connection to the server."""
+        near, far = tcp_pair()
+        self.server.serve(far.detach())
+        return near
+
+    def shm_link(self) -> ShmLink:
+        participant = self.memory.attach(os.getpid(), 1)
+        return ShmLink(self.data_fd, self.control_fd, participant, self.timeout_s)
+
+    def tcp_link(self, connections: int = 1) -> TcpLink:
+        link = TcpLink(self.timeout_s)
+        for _ in range(connections):
+            link.add(self.connect().detach())
+        return link
+
+    def store(self, link: ShmLink | TcpLink) -> BareStore:
+        """On tcp it gets new connections when it has none left, but what breaks one is an error."""
+
+        def repair(store: BareStore, reason: int) -> None:
+            if reason != NEED_CONNECTION or not isinstance(link, TcpLink):
+                raise LinkDown(reason)
+            link.add(self.connect().detach())
+
+        store = BareStore(self.memory.part_size, repair)
+        store._set_link(0, link)
+        return store
+
+    def region(self, link: ShmLink | TcpLink) -> BareRegion:
+        region = BareRegion(self.memory.size)
+        region._set_link(link)
+        return region
