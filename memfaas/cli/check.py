@@ -1,0 +1,51 @@
+"""`memfaas doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from memfaas import doctor as checks
+
+_STYLES = {"ok": "green", "slow": "yellow", "missing": "red"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what on this node is missing or slow, and the command that mends it.
+
+    Nothing is changed. The exit status is 1 when something is missing that memfaas cannot do
+    without, and 0 otherwise.
+    """
+    found = checks.examine()
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(check) for check in found], indent=2))
+    else:
+        _print(found)
+    if any(check.required and check.state == "missing" for check in found):
+        ctx.exit(1)
+
+
+def _print(found: list[checks.Check]) -> None:
+    console = Console()
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("check", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("found")
+    table.add_column("so")
+    for check in found:
+        table.add_row(check.name, Text(check.state, _STYLES[check.state]), Text(check.found), Text(check.meaning))
+    console.print(table)
+    remedies = [check for check in found if check.remedy]
+    if remedies:
+        console.print("\nTo mend it:", style="bold")
+    for check in remedies:
+        # As it is, on one line, so that it can be copied.
+        console.print(Text(f"  {check.name}:"), Text(f"    {check.remedy}"), sep="\n", soft_wrap=True)
