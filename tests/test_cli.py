@@ -1,0 +1,260 @@
+"""The command line: help, errors in one line, settings from everywhere. The data commands are in test_cli_data.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click.testing
+import pytest
+
+from memfaas import auth
+from memfaas.cli import _COMMANDS, main
+from memfaas.client.local import LocalCluster
+
+COMMANDS = sorted(_COMMANDS)
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, stdin: bytes = b"") -> click.testing.Result:
+    return click.testing.CliRunner().invoke(main, arguments, env=env, input=stdin)
+
+
+@pytest.fixture(scope="module")
+def broker_alone() -> Iterator[LocalCluster]:
+    with LocalCluster(donors=0) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def nobody(tmp_path: Path) -> str:
+    """An address at which nobody listens, with a good secret file."""
+    auth.create_secret(tmp_path / "secret")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"memfaas://127.0.0.1:{port}?secret={tmp_path / 'secret'}"
+
+
+# --- help -------------------------------------------------------------------------------------------
+
+
+def test_the_help_lists_every_command() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in result.output
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench")])
+def test_the_help_of_a_command_has_an_example_and_where_its_options_come_from(name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.output
+    assert f"memfaas {name}" in " ".join(result.output.split())
+    assert "environment: MEMFAAS_" in " ".join(result.output.split())
+
+
+def test_the_version_is_told() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip()[0].isdigit()
+
+
+# --- errors -----------------------------------------------------------------------------------------
+
+
+def fails(result: click.testing.Result, status: int, *words: str) -> None:
+    """One line on the standard error that has these words."""
+    assert result.exit_code == status, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("memfaas: ")
+    assert result.stderr.count("\n") == 1
+    for word in words:
+        assert word in result.stderr
+
+
+def test_no_broker(nobody: str) -> None:
+    fails(run("status", "--broker", nobody), 31, "127.0.0.1", "refused")
+
+
+def test_no_secret_file(tmp_path: Path) -> None:
+    fails(run("ls", "--secret-file", str(tmp_path / "none")), 20, "none", "--secret-file")
+
+
+def test_a_secret_file_that_others_can_read(tmp_path: Path) -> None:
+    auth.create_secret(tmp_path / "secret")
+    (tmp_path / "secret").chmod(0o644)
+    fails(run("ls", "--secret-file", str(tmp_path / "secret")), 20, "chmod 600")
+
+
+def test_a_wrong_secret(broker_alone: LocalCluster, tmp_path: Path) -> None:
+    auth.create_secret(tmp_path / "other")
+    address = broker_alone.address.partition("?")[0]
+    fails(run("ls", "--broker", address, "--secret-file", str(tmp_path / "other")), 20, "secret")
+
+
+def test_what_is_no_broker(nobody: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        address = nobody.replace(nobody.split(":")[2].split("?")[0], str(port))
+        child = subprocess.Popen(
+            [sys.executable, "-m", "memfaas.cli", "ls", "--broker", address], stderr=subprocess.PIPE, text=True
+        )
+        with child:
+            peer, _ = listener.accept()
+            peer.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+            peer.close()
+            assert child.stderr is not None
+            said = child.stderr.read()
+    assert child.returncode in (31, 34)
+    assert said.startswith("memfaas: ")
+    assert said.count("\n") == 1
+
+
+def test_an_unknown_store(broker_alone: LocalCluster) -> None:
+    fails(run("get", "k", "--store", "none", "--broker", broker_alone.address), 5, "'none'")
+    fails(run("rm", "--all", "--store", "none", "--broker", broker_alone.address), 5, "'none'")
+
+
+def test_no_room(broker_alone: LocalCluster) -> None:
+    fails(run("put", "k", "--size", "1GiB", "--broker", broker_alone.address, stdin=b"x"), 10, "room")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ls", "--timeout", "soon"], ["timeout", "'soon'"]),
+        (["ls", "--broker", "a b"], ["broker", "address"]),
+        (["ls", "--fabric", "smoke"], ["fabric", "smoke"]),
+        (["put", "k", "/does/not/exist"], ["/does/not/exist"]),
+        (["--config", "/does/not/exist", "ls"], ["/does/not/exist"]),
+        (["donor", "--memory", "lots"], ["memory", "lots"]),
+        (["broker", "--listen-port", "70000"], ["listen_port", "70000"]),
+    ],
+)
+def test_settings_that_make_no_sense(arguments: list[str], words: list[str]) -> None:
+    fails(run(*arguments), 2, *words)
+
+
+@pytest.mark.parametrize("arguments", [["rm"], ["rm", "--all", "key"], ["put"], ["fly"], ["ls", "--nonsense"]])
+def test_arguments_that_make_no_sense(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Error: " in result.stderr
+
+
+def test_an_interrupted_command_says_nothing(nobody: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"memfaas://127.0.0.1:{silent.getsockname()[1]}?secret={tmp_path / 'secret'}"
+        child = subprocess.Popen(
+            [sys.executable, "-m", "memfaas.cli", "status", "--broker", address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        with child:
+            peer, _ = silent.accept()
+            with peer:
+                peer.recv(1)  # by now it waits for our answer
+                child.send_signal(signal.SIGINT)
+                out, errors = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert (out, errors) == (b"", b"")
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(broker_alone: LocalCluster, tmp_path: Path) -> None:
+    good, bad = broker_alone.address, "127.0.0.1:1"
+    secret = str(broker_alone.folder / "secret")
+    file = tmp_path / "settings.toml"
+
+    def status(in_file: str, env: str | None, flag: str | None) -> int:
+        file.write_text(f'[client]\nbroker = "{in_file}"\nsecret_file = "{secret}"\n')
+        flags = ["--broker", flag] if flag else []
+        environment = {"MEMFAAS_BROKER": env} if env else {}
+        return run("--config", str(file), "status", "--json", *flags, env=environment).exit_code
+
+    assert status(good, None, None) == 0
+    assert status(bad, None, None) == 31
+    assert status(bad, good, None) == 0
+    assert status(good, bad, None) == 31
+    assert status(bad, bad, good) == 0
+    assert status(good, good, bad) == 31
+
+
+def test_status_for_programs(broker_alone: LocalCluster) -> None:
+    result = run("status", "--json", "--broker", broker_alone.address, "--tenant", "alice")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["donors"] == []
+    assert [session["tenant"] for session in report["sessions"]] == ["alice"]
+    assert len(bytes.fromhex(report["sessions"][0]["session"])) == 16
+
+
+def test_status_for_people(broker_alone: LocalCluster) -> None:
+    result = run("status", "--broker", broker_alone.address)
+    assert result.exit_code == 0
+    for title in ("broker", "donors", "stores", "leases", "sessions"):
+        assert title in result.stdout
+
+
+# --- tenants ----------------------------------------------------------------------------------------
+
+
+def test_a_tenants_key_file_opens_what_is_his(broker_alone: LocalCluster, tmp_path: Path) -> None:
+    key = tmp_path / "alice.key"
+    made = run("tenant", "alice", str(key), "--secret-file", str(broker_alone.folder / "secret"))
+    assert made.exit_code == 0
+    assert key.stat().st_mode & 0o777 == 0o600
+    address = broker_alone.address.partition("?")[0]
+    good = run("status", "--json", "--broker", address, "--secret-file", str(key))
+    assert [session["tenant"] for session in json.loads(good.stdout)["sessions"]] == ["alice"]
+    fails(run("status", "--broker", address, "--secret-file", str(key), "--tenant", "bob"), 20, "alice")
+
+
+def test_a_key_file_is_not_overwritten(broker_alone: LocalCluster, tmp_path: Path) -> None:
+    key = tmp_path / "alice.key"
+    key.write_text("precious")
+    result = run("tenant", "alice", str(key), "--secret-file", str(broker_alone.folder / "secret"))
+    fails(result, 1, "alice.key")
+    assert key.read_text() == "precious"
+
+
+# --- broker and donor as processes ------------------------------------------------------------------
+
+
+def test_a_broker_makes_the_secret_and_says_when_it_is_ready(tmp_path: Path) -> None:
+    secret = tmp_path / "new" / "secret"
+    command = [sys.executable, "-m", "memfaas.cli", "broker", "--listen-port", "0", "--secret-file", str(secret)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as child:
+        assert child.stdout is not None
+        facts = json.loads(child.stdout.readline())
+        assert facts["ready"]
+        assert secret.stat().st_mode & 0o777 == 0o600
+        result = run("status", "--json", "--broker", facts["address"], "--secret-file", str(secret))
+        assert result.exit_code == 0
+        child.terminate()
+    assert child.returncode == 0
+
+
+def test_a_broker_on_a_lifeline_ends_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "memfaas.cli", "broker", "--listen-port", "0", "--until-eof"]
+    environment = os.environ | {"MEMFAAS_SECRET_FILE": str(tmp_path / "secret")}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        child.stdout.readline()
+        child.stdin.close()
+        assert child.wait(30) == 0
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        fails(run("broker", "--listen-port", port, "--secret-file", str(tmp_path / "secret")), 2, port, "in use")
