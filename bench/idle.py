@@ -40,7 +40,9 @@ def measure_idle(seconds: float = SECONDS, report: Report = lambda share, doing:
         region.write(0, b"1")
         report(0.0, "idle: waiting for the memory")
         _wait_until_settled(mark)
-        return watch(procfs.descendants(_MARK, mark), seconds, report)
+        figures = watch(procfs.descendants(_MARK, mark), seconds, report)
+        region.release()
+        return figures
 
 
 def watch(pids: Sequence[int], seconds: float, report: Report = lambda share, doing: None) -> IdleFigures:
@@ -68,7 +70,7 @@ def _figures(pid: int, cpu_before: int, ticks_before: int) -> IdleProcess:
 
 def is_lent(mapping: str) -> bool:
     """Whether a mapping of this name is a lease's memory."""
-    return mapping.startswith("/memfd:memfaas-data")
+    return mapping.startswith("/memfd:memfaas:") and not mapping.removesuffix(" (deleted)").endswith(":control")
 
 
 def role_of(command: Sequence[str], lent: int) -> Role:

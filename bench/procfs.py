@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
+_CPUCLOCK_SCHED = 2
 
 
 def descendants(variable: str, value: str) -> list[int]:
@@ -30,14 +32,9 @@ def command_line(pid: int) -> list[str]:
 
 
 def cpu_ns(pid: int) -> int:
-    """Nanoseconds that all threads of a process have run so far."""
-    total = 0
-    for task in (_PROC / str(pid) / "task").iterdir():
-        try:
-            total += int((task / "schedstat").read_text().split()[0])
-        except FileNotFoundError:  # the thread ended; what it ran is lost with it
-            continue
-    return total
+    """Nanoseconds that all threads of a process have run so far, also those that have ended."""
+    # The clock that clock_getcpuclockid(3) names; schedstat has no sum over ended threads.
+    return time.clock_gettime_ns((~pid << 3) | _CPUCLOCK_SCHED)
 
 
 def cpu_ticks(pid: int) -> int:

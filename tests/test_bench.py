@@ -711,9 +711,9 @@ SMAPS = """\
 Size:                  4 kB
 Pss:                   3 kB
 Pss_Dirty:             1 kB
-7f0000000000-7f0010000000 rw-s 00000000 00:01 77                         /memfd:memfaas-data (deleted)
+7f0000000000-7f0010000000 rw-s 00000000 00:01 77                         /memfd:memfaas:0a1b (deleted)
 Pss:              262144 kB
-7f0020000000-7f0020001000 rw-s 00000000 00:01 78                         /memfd:memfaas-control (deleted)
+7f0020000000-7f0020001000 rw-s 00000000 00:01 78                         /memfd:memfaas:0a1b:control (deleted)
 Pss:                  64 kB
 7ffd00000000-7ffd00021000 rw-p 00000000 00:00 0
 Pss:                  12 kB
@@ -721,7 +721,7 @@ Pss:                  12 kB
 
 
 def test_lent_memory_is_told_from_the_rest_of_a_process() -> None:
-    total, lent = procfs.sum_pss(SMAPS.splitlines(), lambda name: "memfaas-data" in name)
+    total, lent = procfs.sum_pss(SMAPS.splitlines(), idle.is_lent)
     assert total == (3 + 262144 + 64 + 12) * 1024
     assert lent == 262144 * 1024
 

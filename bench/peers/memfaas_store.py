@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 import memfaas
 from memfaas.bench.peers.base import STORE_BYTES, ServerSystem, Site, versions
 
+_STORE = "bench"
+
 
 class _Memfaas(ServerSystem):
     kind = "memfaas"
@@ -25,6 +27,8 @@ class _Memfaas(ServerSystem):
 
     def start(self, site: Site) -> None:
         cluster = self._cluster.enter_context(memfaas.LocalCluster(donors=1, memory=2 * STORE_BYTES))
+        session = self._cluster.enter_context(memfaas.connect(cluster.address))
+        session.store(_STORE, size=STORE_BYTES)
         self.start_clients(site, cluster.address)
 
     def connect(self, endpoint: str) -> _MemfaasClient:
@@ -50,7 +54,7 @@ class MemfaasTcp(_Memfaas):
 class _MemfaasClient:
     def __init__(self, address: str, fabric: Literal["shm", "tcp"]) -> None:
         self._session = memfaas.connect(address, fabric=fabric)
-        self._store = self._session.store("bench", size=STORE_BYTES)
+        self._store = self._session.store(_STORE)
         self.put = self._store.put
         self.get = self._store.get
         self.get_into = self._store.get_into
