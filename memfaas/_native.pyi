@@ -167,7 +167,9 @@ class StoreCore:
     # Supplied by the subclass.
     def _repair(self, shard: int, reason: int, attempt: int) -> None:
         """The link of this shard is missing or failed: mend it (`_set_link`, `TcpLink.add`) or raise.
-        `attempt` counts from 1 within one operation; the core then tries the operation again."""
+        `attempt` counts from 1 within one operation; the core then tries the operation again. The
+        fabric of a shard's link must not change here: over tcp the core asks what the broken
+        connection did."""
     def _unpack(self, key: bytes, value: bytes, meta: bytes, flags: int) -> bytes:
         """The user's value of a block with FLAG_LZ4 or FLAG_MANIFEST."""
     def _get_into_rare(self, key: bytes, buffer: Value) -> int: ...

@@ -11,6 +11,26 @@
 _Thread_local struct mf_guard *mf_guard_top;
 static struct sigaction before;
 
+/* To the handler before ours. That one may hand it back, when it was itself put over an earlier one of
+ * ours: then nobody wants it. */
+static void pass_on(int number, siginfo_t *info, void *context) {
+    static _Thread_local bool passing;
+    bool nobody = passing || (!(before.sa_flags & SA_SIGINFO) &&
+                              (before.sa_handler == SIG_DFL || before.sa_handler == SIG_IGN));
+    if (nobody) {
+        signal(SIGBUS, SIG_DFL); /* a faulting access is repeated, and now ends the process as it should */
+        if (info->si_code <= 0)
+            raise(number);
+        return;
+    }
+    passing = true;
+    if (before.sa_flags & SA_SIGINFO)
+        before.sa_sigaction(number, info, context);
+    else
+        before.sa_handler(number);
+    passing = false;
+}
+
 static void on_sigbus(int number, siginfo_t *info, void *context) {
     bool fault = info->si_code > 0; /* not sent by some process */
     struct mf_guard *guard = fault ? mf_guard_top : NULL;
@@ -19,15 +39,7 @@ static void on_sigbus(int number, siginfo_t *info, void *context) {
         guard = guard->outer;
     if (guard)
         siglongjmp(guard->jump, 1);
-    if (before.sa_flags & SA_SIGINFO)
-        before.sa_sigaction(number, info, context);
-    else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN)
-        before.sa_handler(number);
-    else {
-        signal(SIGBUS, SIG_DFL); /* a faulting access is repeated, and now ends the process as it should */
-        if (!fault)
-            raise(number);
-    }
+    pass_on(number, info, context);
 }
 
 /* Again for each mapping: somebody (faulthandler, say) may have put a handler over ours. */

@@ -230,22 +230,51 @@ static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
     return block ? block : search(op, 0, class_, pending);
 }
 
+#define LARGER 3u /* classes that a block may be too large by, when its own has none */
 #define WAIT_FOR_LIMBO_NS 1000000000ll
+#define SHORTEST_NAP_NS 200000ll
+#define LONGEST_NAP_NS 20000000ll
+
+/* Makes every hint right, and spans that are empty unassigned. `pending`: an operation that runs now
+ * keeps a span, or blocks in it, that may be of use for `wanted`. */
+static bool sweep(struct mf_op *op, unsigned wanted, bool *pending) {
+    struct mf_memory *memory = op->memory;
+    bool freed = false;
+    for (uint32_t index = 0; index < memory->at.spans; index++) {
+        struct mf_span *span = span_at(memory, index);
+        unsigned class_ = class_in(span);
+        if (!class_)
+            continue;
+        bool fits = class_ >= wanted && class_ <= wanted + LARGER;
+        if (!mf_span_hold(memory, index)) {
+            *pending = *pending || (fits && !holds(op, index));
+            continue;
+        }
+        note_held(op, index);
+        if ((class_ = class_in(span)) && harvest(memory, span, class_))
+            *pending = true; /* when all of it is free, of any class */
+        freed = freed || !class_ || span->used < MF_SPAN / sizes[class_];
+        op->held_count--;
+        mf_span_settle(memory, index);
+    }
+    return freed;
+}
+
 
 /* The offset of a block, or 0: full. The operation must hold no reference into the shard. */
 uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
     int64_t until = 0;
-    for (;;) {
+    for (int64_t nap = SHORTEST_NAP_NS;; nap = nap < LONGEST_NAP_NS ? 2 * nap : nap) {
         bool pending = false;
         uint64_t block = alloc_once(op, class_, &pending);
         if (block)
             return block;
         advance_past_own_pin(op);
         pending = false;
-        if (mf_sweep(op, &pending) && (block = alloc_once(op, class_, &pending)))
+        if (sweep(op, class_, &pending) && (block = alloc_once(op, class_, &pending)))
             return block;
         /* No span of its own: then a block of a somewhat larger class. */
-        for (unsigned larger = class_ + 1; larger <= class_ + 3 && larger < classes; larger++)
+        for (unsigned larger = class_ + 1; larger <= class_ + LARGER && larger < classes; larger++)
             if ((block = alloc_once(op, larger, &pending)))
                 return block;
         if (!pending || op->timeout == 0)
@@ -255,7 +284,7 @@ uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
             until = now + WAIT_FOR_LIMBO_NS < mf_due(op) ? now + WAIT_FOR_LIMBO_NS : mf_due(op);
         if (now >= until)
             return 0;
-        mf_nap(200000); /* somebody still looks at what is free, or works in its span */
+        mf_nap(nap); /* somebody still looks at what is free, or works in its span */
     }
 }
 
@@ -289,28 +318,6 @@ void mf_release(struct mf_op *op) {
         op->held_count--;
         mf_span_settle(op->memory, index);
     }
-}
-
-bool mf_sweep(struct mf_op *op, bool *pending) {
-    struct mf_memory *memory = op->memory;
-    bool freed = false;
-    for (uint32_t index = 0; index < memory->at.spans; index++) {
-        struct mf_span *span = span_at(memory, index);
-        if (!class_in(span))
-            continue;
-        if (!mf_span_hold(memory, index)) {
-            *pending = *pending || !holds(op, index);
-            continue;
-        }
-        note_held(op, index);
-        unsigned class_ = class_in(span);
-        if (class_ && harvest(memory, span, class_))
-            *pending = true;
-        freed = freed || !class_ || span->used < MF_SPAN / sizes[class_];
-        op->held_count--;
-        mf_span_settle(memory, index);
-    }
-    return freed;
 }
 
 void mf_heap_stats(struct mf_memory *memory, uint64_t *used, uint64_t *free_spans) {

@@ -152,7 +152,6 @@ uint64_t mf_alloc(struct mf_op *op, unsigned class_);
 void mf_unalloc(struct mf_op *op, uint64_t offset);
 void mf_retire(struct mf_memory *memory, uint64_t offset);
 void mf_release(struct mf_op *op);
-bool mf_sweep(struct mf_op *op, bool *pending); /* true when a span came free */
 void mf_span_settle(struct mf_memory *memory, uint32_t span); /* by the holder: hints, and let go */
 bool mf_span_hold(struct mf_memory *memory, uint32_t span);
 void mf_heap_stats(struct mf_memory *memory, uint64_t *used, uint64_t *free_spans);

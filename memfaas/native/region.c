@@ -17,7 +17,7 @@ static int start(struct mf_op *op, uint64_t offset, uint64_t length) {
 static uint8_t *at(struct mf_op *op, uint64_t offset) { return op->memory->data + op->memory->at.heap + offset; }
 
 int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t length) {
-    int status = start(op, offset, length);
+    volatile int status = start(op, offset, length);
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes, memcpy(into, at(op, offset), length),
                    return MF_REVOKED);
@@ -25,7 +25,7 @@ int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t lengt
 }
 
 int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_t length) {
-    int status = start(op, offset, length);
+    volatile int status = start(op, offset, length);
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes, memcpy(at(op, offset), data, length),
                    return MF_REVOKED);
@@ -33,7 +33,7 @@ int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_
 }
 
 int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before) {
-    int status = offset % 8 ? MF_BAD : start(op, offset, 8);
+    volatile int status = offset % 8 ? MF_BAD : start(op, offset, 8);
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
                    {
@@ -45,7 +45,7 @@ int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_
 }
 
 int mf_region_add(struct mf_op *op, uint64_t offset, uint64_t amount, uint64_t *before) {
-    int status = offset % 8 ? MF_BAD : start(op, offset, 8);
+    volatile int status = offset % 8 ? MF_BAD : start(op, offset, 8);
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
                    *before = atomic_fetch_add((_Atomic uint64_t *)at(op, offset), amount), return MF_REVOKED);

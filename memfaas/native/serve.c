@@ -315,10 +315,10 @@ static bool serve_resume(struct connection *connection, const struct mf_request 
         if (busy)
             error = pthread_cond_timedwait(&server->ended, &server->mutex, &time);
     }
+    bool happened = mf_writer_asked(server->memory, request->a, (uint32_t)request->b);
     pthread_mutex_unlock(&server->mutex);
     if (busy)
         return reply_status(&connection->stream, MF_TIMEOUT);
-    bool happened = mf_writer_asked(server->memory, request->a, (uint32_t)request->b);
     return reply(&connection->stream, (struct mf_reply){.status = MF_OK, .a = happened});
 }
 

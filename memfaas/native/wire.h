@@ -41,7 +41,7 @@ _Static_assert(sizeof(struct mf_reply) == 32, "reply");
 
 #define MF_WINDOW (32u << 10) /* bytes of requests that may be under way: fits any socket's buffer */
 #define MF_WINDOW_COUNT MF_REMEMBERED
-#define MF_READ_MAX (1u << 30)
+#define MF_READ_MAX (64u << 20) /* bytes of a region in one request */
 #define MF_BUFFER (80u << 10)
 _Static_assert(sizeof(struct mf_request) + MF_MAX_KEY + MF_MAX_META < MF_BUFFER, "a request's head fits the buffer");
 
