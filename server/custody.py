@@ -22,7 +22,7 @@ from memfaas.server.pool import FunctionProcess, Pool
 _SERVE_S = 30.0
 """Mending what a killed function left may wait for operations of its clients."""
 _STOP_S = 45.0
-_BACKLOG = 512
+_BACKLOG = 1024
 _MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
@@ -224,8 +224,8 @@ def make_descriptors(spec: LeaseSpec, unix_path: Path, host: str) -> tuple[list[
             os.chmod(unix_path, 0o666)  # for clients of other users: what opens the door is a ticket
             unix.listen(_BACKLOG)
             made.append(unix.detach())
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, 0), family=family, backlog=_BACKLOG) as tcp:
+        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(where[:2], family=family, backlog=_BACKLOG) as tcp:
             port = tcp.getsockname()[1]
             made.append(tcp.detach())
         return made, port

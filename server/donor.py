@@ -53,7 +53,7 @@ _LONGEST_PAUSE_S = 2.0
 """Between attempts to reach the broker. Short: it waits only a moment for its donors after a restart."""
 _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
-_REPORT_PAUSE_S = 2.0
+_REPORT_PAUSE_S = 1.0
 _NOTICEABLE = 64 * MIB
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,6 @@ class Agent:
         UsageError, ProtocolError.
         """
         self._home.enter()
-        stopped = False
         try:
             services = trio.CancelScope(shield=True)
             async with trio.open_nursery() as nursery:
@@ -100,14 +99,13 @@ class Agent:
                     if self._serving:
                         with trio.CancelScope(shield=True), trio.move_on_after(_STOP_S):
                             await self._give_all_back()
-                            stopped = True
                     raise
                 finally:
                     services.cancel()
         finally:
             with trio.CancelScope(shield=True):
                 await self._pool.stop()
-            self._home.leave(remove=stopped)
+            self._home.leave()
         if self._failure is not None:
             raise self._failure
 
@@ -310,7 +308,8 @@ class Agent:
 
     def _learn_host(self, local: str) -> None:
         """Clients reach us by the address that we have on the way to the broker, unless told otherwise."""
-        self._host = self._settings.listen_host or local
+        told = self._settings.listen_host
+        self._host = local if told in (None, "0.0.0.0", "::") else told
 
     async def _register(self, channel: rpc.Channel) -> None:
         self._reported = None

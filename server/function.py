@@ -41,7 +41,7 @@ def control_path(unix_path: str) -> Path:
 
 def main(sock: socket.socket) -> None:
     """Runs a function at the other end of its agent's socket, until it is told to stop."""
-    os.umask(0o077)
+    os.umask(0o177)  # its control socket is for its own user alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which will tell us
     process.allow_many_files()
     trio.run(_run, sock)
@@ -103,9 +103,10 @@ class Function:
         token = trio.lowlevel.current_trio_token()
         served = Served(message, descriptors, on_change=lambda: self._changed.set())
         await served.prepare()
+        control = _listen(control_path(message.endpoint.unix_path))
         self._served = served
         self._nursery.start_soon(served.run)
-        self._nursery.start_soon(self._accept_agents, served)
+        self._nursery.start_soon(self._accept_agents, control)
         self._nursery.start_soon(self._report, served)
         served.start_populating(lambda: token.run_sync_soon(lambda: self._changed.set()))
 
@@ -127,16 +128,12 @@ class Function:
         await trio.sleep(_LEAVE_S)  # the agent hangs up before, when it has our answer
         self._nursery.cancel_scope.cancel()
 
-    async def _accept_agents(self, served: Served) -> None:
-        path = control_path(served.message.endpoint.unix_path)
-        path.unlink(missing_ok=True)  # a killed function left it
-        with trio.socket.socket(socket.AF_UNIX) as sock:
-            await sock.bind(str(path))
-            sock.listen()
-            try:
-                await trio.serve_listeners(self._on_agent, [trio.SocketListener(sock)])
-            finally:
-                path.unlink(missing_ok=True)
+    async def _accept_agents(self, control: socket.socket) -> None:
+        path = control.getsockname()
+        try:
+            await trio.serve_listeners(self._on_agent, [trio.SocketListener(trio.socket.from_stdlib_socket(control))])
+        finally:
+            _unlink(path)
 
     async def _on_agent(self, stream: trio.SocketStream) -> None:
         _, uid = peer_of(stream.socket)
@@ -158,6 +155,19 @@ class Function:
                 except TransportError:
                     pass
             await trio.sleep(_REPORT_PAUSE_S)
+
+
+def _unlink(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> socket.socket:
+    _unlink(str(path))  # a killed function left it
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen()
+    sock.setblocking(False)
+    return sock
 
 
 class _AgentPeer:

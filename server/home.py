@@ -66,11 +66,11 @@ class Home:
         for path in (control_path, control_path.with_suffix(".sock")):
             path.unlink(missing_ok=True)
 
-    def leave(self, *, remove: bool) -> None:
+    def leave(self) -> None:
         """Unlocks it for the next agent, and removes it if there is nothing left for one to find."""
         if self._lock is None:
             return
-        if remove and [path.name for path in self.folder.iterdir()] == [_LOCK]:
+        if [path.name for path in self.folder.iterdir()] == [_LOCK]:
             (self.folder / _LOCK).unlink()
             _remove_if_empty(self.folder)
             _remove_if_empty(self.folder.parent)

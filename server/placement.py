@@ -19,6 +19,8 @@ from memfaas.units import KIB, format_size
 SPAN = 256 * KIB
 """Sizes of shards are multiples of this."""
 MAX_SHARDS = 64
+_LARGEST = 1 << 50
+"""Beyond it sums of sizes are not worth their care."""
 
 
 def lease_bytes(kind: Kind, size: int) -> int:
@@ -43,8 +45,7 @@ class Placer:
 
     def store(self, size: int, rooms: list[Room]) -> Placement:
         """Raises CapacityError when the store fits nowhere, UsageError for a size that is no size."""
-        if size <= 0:
-            raise UsageError("a store needs a size of at least one byte")
+        _check_size("store", size)
         for shards in self._counts(size, rooms):
             shard_size = self._shard_size(size, shards)
             donors = _spread(shards, self.cost("shard", shard_size), rooms)
@@ -58,8 +59,7 @@ class Placer:
 
     def region(self, size: int, rooms: list[Room]) -> str:
         """The donor for a region. Raises like `store`."""
-        if size <= 0:
-            raise UsageError("a region needs a size of at least one byte")
+        _check_size("region", size)
         donors = _spread(1, self.cost("region", size), rooms)
         if donors is None:
             raise CapacityError(f"no donor has room for a region of {format_size(size)}; {_offer(rooms)}")
@@ -90,6 +90,13 @@ class Placer:
             if low * SPAN >= self._min_shard:
                 best = max(best, low * SPAN * shards)
         return best
+
+
+def _check_size(what: str, size: int) -> None:
+    if size <= 0:
+        raise UsageError(f"a {what} needs a size of at least one byte")
+    if size > _LARGEST:
+        raise CapacityError(f"no room for a {what} of {format_size(size)}; no node ever had so much memory")
 
 
 def _round_up(size: int) -> int:

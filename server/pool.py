@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -45,9 +46,12 @@ class FunctionProcess:
             finally:
                 os.close(pidfd)
 
-    async def wait_ended(self) -> None:
-        if self._pidfd is not None:
-            await trio.lowlevel.wait_readable(self._pidfd)
+    def lives(self) -> bool:
+        if self._pidfd is None:
+            return False
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
 
 
 def _open_pidfd(pid: int) -> int | None:
@@ -82,7 +86,12 @@ class Pool:
     async def take(self) -> FunctionProcess:
         """An idle function. TransportError when none can be made."""
         self._taken.set()
-        return self._idle.popleft() if self._idle else await self._fork()
+        while self._idle:
+            process = self._idle.popleft()
+            if process.lives():
+                return process
+            await process.kill()
+        return await self._fork()
 
     async def _fork(self) -> FunctionProcess:
         async with self._forking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import signal
 import socket
@@ -18,6 +19,7 @@ _PROBE_S = 5
 _PROBES = 3
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def announce(**facts: Any) -> None:
@@ -47,23 +49,26 @@ async def until_signal(run: Callable[[], Awaitable[None]]) -> None:
 
 async def detached(nursery: trio.Nursery, work: Callable[[], Awaitable[T]]) -> T:
     """Does work in another task, so that it comes to its end even when the one who asked goes away."""
-    results: list[T | MemfaasError] = []
+    results: list[T] = []
+    failures: list[Exception] = []
     done = trio.Event()
 
     async def run() -> None:
         try:
             results.append(await work())
-        except MemfaasError as error:
-            results.append(error)
+        except Exception as error:  # it concerns the one who asked, not the nursery
+            failures.append(error)
+            if not isinstance(error, MemfaasError):
+                logger.exception("a request failed")
         finally:
             done.set()
 
     nursery.start_soon(run)
     await done.wait()
+    if failures:
+        raise failures[0]
     if not results:
         raise TransportError("the process is stopping")
-    if isinstance(results[0], MemfaasError):
-        raise results[0]
     return results[0]
 
 

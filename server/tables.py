@@ -151,6 +151,8 @@ class Tables:
         self._cost = cost
         self._complete_at = clock() + DONOR_GRACE_S
         """From then on, what no donor has shown does not exist."""
+        self._ended: set[bytes] = set()
+        """Until then: leases of which we know that they are over, because we have ended them."""
 
     # --- sessions -------------------------------------------------------------------------------
 
@@ -356,13 +358,15 @@ class Tables:
         return known
 
     def _is_over(self, lease: bytes) -> bool:
-        return any(lease in donor.over for donor in self.donors.values())
+        return lease in self._ended or any(lease in donor.over for donor in self.donors.values())
 
     def _end(self, lease: Lease, reason: str) -> Outcome:
         """The lease is over for good."""
         identity = lease.spec.lease
         outcome = self._tell(lease, reason)
         del self.leases[identity]
+        if self._clock() < self._complete_at:
+            self._ended.add(identity)
         session = self.sessions.get(lease.spec.session)
         if session is not None:
             session.regions.discard(identity)
@@ -553,6 +557,8 @@ class Tables:
         """Ends all whose time is over."""
         now = self._clock()
         outcome = Outcome()
+        if now >= self._complete_at:
+            self._ended.clear()
         for session in [s for s in self.sessions.values() if s.expires <= now]:
             reason = f"its session was not renewed for {self.ttl:g} s"
             if session.connected:  # it hears of it, and may go on with what it asks for from now on

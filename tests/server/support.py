@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
+import socket
+import struct
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from memfaas import auth, messages, rpc
+from memfaas import _native, auth, fabric, messages, rpc
 from memfaas.errors import CapacityError, MemfaasError, TransportError
 from memfaas.messages import Endpoint, HeldLease, Memory, Message
 from memfaas.server.broker import Broker
+from memfaas.testing.lease import BareRegion, BareStore
 from memfaas.units import MIB
 
 SECRET = bytes(range(32))
@@ -203,3 +211,112 @@ async def refusal(what: Awaitable[object]) -> MemfaasError:
     except MemfaasError as error:
         return error
     raise AssertionError("it was not refused")
+
+
+# --- donors with real memory --------------------------------------------------------------------------
+
+
+class DonorProcess:
+    """A donor agent in a process of its own, with its zygote and functions."""
+
+    def __init__(self, port: int, folder: Path, name: str = "d", **settings: object) -> None:
+        self.name = name
+        self.home = folder / "run" / name
+        secret = folder / "secret"
+        if not secret.exists():
+            secret.touch(0o600)
+            secret.write_text(SECRET.hex())
+        self._given = {
+            "broker": f"127.0.0.1:{port}",
+            "name": name,
+            "memory": "256MiB",
+            "headroom": 0,
+            "runtime_dir": str(folder / "run"),
+            "secret_file": str(secret),
+            **settings,
+        }
+        self.process: subprocess.Popen[str] | None = None
+        self.ready: dict[str, object] = {}
+
+    async def start(self) -> None:
+        """Until it is registered."""
+        self.launch()
+        with trio.fail_after(LIMIT_S):
+            line = await trio.to_thread.run_sync(self._first_line, abandon_on_cancel=True)
+        self.ready = json.loads(line)
+
+    def launch(self) -> None:
+        script = (
+            "import json, logging, sys; logging.basicConfig(level=logging.INFO)\n"
+            "from memfaas.config import DonorSettings\n"
+            "from memfaas.server import donor\n"
+            "donor.main(DonorSettings(**json.loads(sys.argv[1])))\n"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, json.dumps(self._given)], stdout=subprocess.PIPE, text=True
+        )
+
+    def _first_line(self) -> str:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    async def kill(self) -> None:
+        """The agent alone; its functions go on."""
+        assert self.process is not None
+        self.process.kill()
+        await self.wait()
+
+    async def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return await self.wait()
+
+    async def wait(self) -> int:
+        process, self.process = self.process, None
+        assert process is not None
+        with trio.fail_after(LIMIT_S):
+            status = await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
+        assert process.stdout is not None
+        process.stdout.close()
+        return status
+
+
+@asynccontextmanager
+async def donor_process(
+    served: Served, folder: Path, name: str = "d", **settings: object
+) -> AsyncIterator[DonorProcess]:
+    donor = DonorProcess(served.port, folder, name, **settings)
+    try:
+        await donor.start()
+        yield donor
+    finally:
+        with trio.CancelScope(shield=True):
+            if donor.process is None:  # it was killed, and its functions wait for an agent: take them along
+                donor.launch()
+                await eventually(lambda: not list(donor.home.glob("*.ctl")) or name in served.broker.tables.donors)
+            await donor.stop()
+
+
+def function_pid(place: messages.Place) -> int:
+    """The process that serves a lease now: the one that listens for agents."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(place.endpoint.unix_path.replace(".sock", ".ctl"))
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
+def open_link(place: messages.Place, choice: fabric.Choice) -> _native.Link:
+    return fabric.open_link(place, choice, time.monotonic() + LIMIT_S, LIMIT_S).link
+
+
+def open_shard(place: messages.Place, choice: fabric.Choice = "shm") -> BareStore:
+    store = BareStore(_native.part_size(place.size))
+    store._set_link(0, open_link(place, choice))
+    return store
+
+
+def open_region(place: messages.Place, choice: fabric.Choice = "shm") -> BareRegion:
+    region = BareRegion(place.size)
+    region._set_link(open_link(place, choice))
+    return region

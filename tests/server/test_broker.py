@@ -15,7 +15,6 @@ from memfaas.errors import (
     UnknownStore,
     UsageError,
 )
-from memfaas.server import broker as broker_module
 from memfaas.units import MIB
 from tests.server.support import (
     LIMIT_S,
@@ -28,19 +27,6 @@ from tests.server.support import (
     serve_broker,
     start_donors,
 )
-
-
-@pytest.fixture
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests in which nobody comes back, so that the waiting for them is not worth its time."""
-    monkeypatch.setattr(broker_module, "SETTLE_S", 0.05)
-    monkeypatch.setattr(broker_module, "RETURN_S", 0.1)
-
-
-@pytest.fixture
-async def served(short_waits: None, nursery: trio.Nursery) -> Served:
-    return await serve_broker(nursery)
-
 
 # --- stores and regions -------------------------------------------------------------------------------
 

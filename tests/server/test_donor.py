@@ -1,0 +1,379 @@
+"""Donors with real processes, memory and sockets: serving, restarts, and the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+
+from memfaas import _native, fabric, messages
+from memfaas.errors import CapacityError, LeaseLost
+from memfaas.server.tables import Tables
+from memfaas.units import MIB
+from tests.server.support import (
+    LIMIT_S,
+    Client,
+    DonorProcess,
+    Served,
+    client,
+    donor_process,
+    eventually,
+    function_pid,
+    open_region,
+    open_shard,
+    refusal,
+    serve_broker,
+)
+
+FABRICS: list[fabric.Choice] = ["shm", "tcp"]
+
+
+async def links_of(ann: Client, lease: bytes) -> dict[str, int]:
+    (info,) = [info for info in (await ann.status()).leases if info.lease == lease]
+    return info.links
+
+
+async def until_links(ann: Client, lease: bytes, expected: dict[str, int]) -> None:
+    with trio.fail_after(LIMIT_S):
+        while await links_of(ann, lease) != expected:  # noqa: ASYNC110  # the broker sends no events of it
+            await trio.sleep(0.05)
+
+
+# --- serving ------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_is_served_over_both_fabrics_and_freed(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port) as ann:
+        assert donor.ready["offered"] == 256 * MIB
+        (shard,) = (await ann.open_store(size=16 * MIB)).places
+        region = await ann.open_region(3 * MIB + 8)
+        near, far = open_shard(shard, "shm"), open_shard(shard, "tcp")
+        near.put(b"a", b"1")
+        far.put(b"b", b"2" * MIB)
+        assert (far.get(b"a"), near.get(b"b")) == (b"1", b"2" * MIB)
+        raw, distant = open_region(region, "shm"), open_region(region, "tcp")
+        raw.write(3 * MIB, b"8 bytes!")
+        assert distant.read(3 * MIB, 8) == b"8 bytes!"
+        await until_links(ann, shard.lease, {"shm": 1, "tcp": 1})
+
+        await ann.ask(messages.CloseSession(), messages.Done)
+        for store in (near, far):
+            with pytest.raises(_native.LinkDown):
+                store.get(b"a")
+        with pytest.raises(_native.LinkDown):
+            raw.read(0, 8)
+        assert sorted(path.name for path in donor.home.iterdir()) == ["lock"]
+        memory = served.broker.tables.donors["d"].memory
+        assert (memory.leased, memory.populated) == (0, 0)
+
+
+async def test_memory_is_populated_in_the_background(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        await ann.open_store(size=100 * MIB)
+
+        def populated() -> bool:
+            memory = served.broker.tables.donors["d"].memory
+            return memory.populated == memory.leased >= 100 * MIB
+
+        await eventually(populated)
+
+
+async def test_a_store_does_not_show_what_was_in_its_memory_before(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        size = 64 * MIB
+        region = await ann.open_region(size)
+        open_region(region).write(0, b"secret! " * (size // 8))
+        await ann.ask(messages.ReleaseLease(lease=region.lease), messages.Done)
+        again = open_region(await ann.open_region(size))
+        assert again.read(0, size) == bytes(size)
+
+
+async def test_a_client_that_is_killed_is_cleaned_up_behind(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        (shard,) = (await ann.open_store()).places
+        pid = os.fork()
+        if pid == 0:
+            try:
+                store = open_shard(shard)
+                store.put(b"a", b"acknowledged")
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        _, status = await trio.to_thread.run_sync(os.waitpid, pid, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        await until_links(ann, shard.lease, {})
+        assert open_shard(shard).get(b"a") == b"acknowledged"
+
+
+async def test_a_link_that_is_closed_is_counted_no_more(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        (shard,) = (await ann.open_store()).places
+        stores = [open_shard(shard, choice) for choice in ("shm", "shm", "tcp")]
+        await until_links(ann, shard.lease, {"shm": 2, "tcp": 1})
+        for store in stores:
+            store._set_link(0, None)
+        stores.clear()
+        await until_links(ann, shard.lease, {})
+
+
+# --- restarts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", FABRICS)
+async def test_a_killed_function_is_running_again_on_the_same_memory(
+    served: Served, folder: Path, choice: fabric.Choice
+) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        (shard,) = (await ann.open_store()).places
+        store = open_shard(shard, choice)
+        store.put(b"a", b"before")
+        killed = function_pid(shard)
+        os.kill(killed, signal.SIGKILL)
+        again = open_shard(shard, choice)  # waits in the listener's backlog until somebody serves it
+        assert again.get(b"a") == b"before"
+        again.put(b"b", b"after")
+        assert function_pid(shard) != killed
+        if choice == "shm":  # whoever had mapped the memory did not notice
+            assert store.get(b"b") == b"after"
+            await until_links(ann, shard.lease, {"shm": 2})
+        assert ann.gone == []
+        await ann.ask(messages.CloseSession(), messages.Done)
+
+
+async def test_a_client_that_outlives_a_function_is_still_cleaned_up_behind(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        (shard,) = (await ann.open_store()).places
+        attached, die = os.pipe(), os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                store = open_shard(shard)
+                os.write(attached[1], b"x")
+                os.close(die[1])
+                os.read(die[0], 1)
+                store.get(b"a")
+            finally:
+                os._exit(1)
+        os.read(attached[0], 1)
+        killed = function_pid(shard)
+        os.kill(killed, signal.SIGKILL)
+        await trio.to_thread.run_sync(open_shard, shard)  # it is up again
+        await until_links(ann, shard.lease, {"shm": 1})  # the child's: ours is closed
+        for end in (*attached, *die):
+            os.close(end)
+        await trio.to_thread.run_sync(os.waitpid, pid, 0)
+        await until_links(ann, shard.lease, {})
+
+
+async def test_a_function_that_keeps_dying_is_given_up(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port) as ann:
+        region = await ann.open_region()
+        control = donor.home / Path(region.endpoint.unix_path).with_suffix(".ctl").name
+        killed = 0
+        with trio.fail_after(LIMIT_S):
+            while not ann.gone:
+                try:
+                    pid = function_pid(region)
+                except OSError:
+                    await trio.sleep(0.01)
+                    continue
+                if pid != killed:
+                    os.kill(pid, signal.SIGKILL)
+                    killed = pid
+        assert [notice.lease for notice in ann.gone] == [region.lease]
+        assert isinstance(await refusal(ann.locate(region.lease)), LeaseLost)
+        await eventually(lambda: not control.exists())
+        await ann.open_region()  # others are served
+
+
+async def test_a_new_agent_finds_the_functions_of_a_killed_one(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port) as ann:
+        store = await ann.open_store(persistent=True)
+        (shard,) = store.places
+        region = await ann.open_region()
+        near, far = open_shard(shard, "shm"), open_shard(shard, "tcp")
+        near.put(b"a", b"before")
+        functions = function_pid(shard), function_pid(region)
+        await donor.kill()
+        await eventually(lambda: not served.broker.tables.donors["d"].connected)
+        far.put(b"b", b"meanwhile")  # nobody notices
+        assert open_shard(shard, "shm").get(b"b") == b"meanwhile"
+        await donor.start()
+        assert (function_pid(shard), function_pid(region)) == functions
+        assert near.get(b"b") == b"meanwhile"
+        assert (await ann.locate(shard.lease)).endpoint == shard.endpoint
+        assert not (await ann.open_store()).created
+        assert ann.gone == []
+        os.kill(functions[0], signal.SIGKILL)  # the new agent has what it needs to start another
+        assert open_shard(shard, "tcp").get(b"a") == b"before"
+        await ann.ask(messages.DeleteStore(name="s"), messages.Done)
+        await ann.ask(messages.ReleaseLease(lease=region.lease), messages.Done)
+        memory = served.broker.tables.donors["d"].memory
+        assert (memory.leased, memory.populated) == (0, 0)
+
+
+async def test_a_lease_whose_function_died_with_the_agent_is_lost_and_said_to_be(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port) as ann:
+        store = await ann.open_store(persistent=True)
+        region = await ann.open_region()
+        pids = [function_pid(store.places[0]), function_pid(region)]
+        await donor.kill()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        await donor.start()
+        await eventually(lambda: {one.lease for one in ann.gone} == {store.places[0].lease, region.lease})
+        assert isinstance(await refusal(ann.locate(region.lease)), LeaseLost)
+        assert (await ann.open_store()).created  # its name is free
+
+
+async def test_a_broker_that_restarts_finds_real_leases_again(
+    served: Served, folder: Path, nursery: trio.Nursery
+) -> None:
+    async with donor_process(served, folder):
+        async with client(served.port) as ann:
+            session = ann.session
+            store = await ann.open_store(size=16 * MIB)
+            region = await ann.open_region()
+        shard = open_shard(store.places[0])
+        shard.put(b"a", b"before")
+        served.kill()
+        shard.put(b"b", b"meanwhile")
+        served.broker = (await serve_broker(nursery, port=served.port)).broker
+        async with client(served.port, session=session, stores=[store.spec.store], leases=[region.lease]) as ann:
+            found = await ann.open_store()
+            assert not found.created
+            assert open_shard(found.places[0], "tcp").get(b"b") == b"meanwhile"
+            assert (await ann.locate(region.lease)).endpoint == region.endpoint
+            await ann.ask(messages.CloseSession(), messages.Done)
+
+
+async def test_a_donor_waits_for_its_broker(folder: Path, nursery: trio.Nursery) -> None:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listener.socket.getsockname()[1]
+    await listener.aclose()
+    donor = DonorProcess(port, folder)
+    donor.launch()
+    try:
+        await trio.sleep(0.5)  # it has tried in vain
+        served = await serve_broker(nursery, port=port)
+        await eventually(lambda: "d" in served.broker.tables.donors)
+    finally:
+        assert await donor.stop() == 0
+
+
+async def test_a_zygote_that_is_killed_is_replaced(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder, warm=0) as donor, client(served.port) as ann:
+        first = await ann.open_region()
+        assert donor.process is not None
+        (zygote,) = children(donor.process.pid)
+        os.kill(zygote, signal.SIGKILL)
+        second = await ann.open_region()
+        open_region(second).write(0, b"x")
+        assert open_region(first).read(0, 1) == b"\0"
+
+
+# --- the end ------------------------------------------------------------------------------------------
+
+
+async def test_a_donor_that_is_stopped_takes_all_back_and_says_so(served: Served, folder: Path) -> None:
+    donor = DonorProcess(served.port, folder)
+    await donor.start()
+    async with client(served.port) as ann:
+        store = await ann.open_store()
+        region = await ann.open_region()
+        shard = open_shard(store.places[0])
+        shard.put(b"a", b"1")
+        assert await donor.stop() == 0
+        await eventually(lambda: {one.lease for one in ann.gone} == {store.places[0].lease, region.lease})
+        with pytest.raises(_native.LinkDown):
+            shard.get(b"a")
+        await eventually(lambda: served.broker.tables.donors == {})
+        assert not (folder / "run").exists()
+
+
+async def test_only_one_agent_runs_in_a_folder(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder):
+        second = DonorProcess(served.port, folder)
+        second.launch()
+        assert await second.wait() != 0
+
+
+async def test_a_donor_with_the_wrong_secret_ends(served: Served, folder: Path) -> None:
+    donor = DonorProcess(served.port, folder)
+    (folder / "secret").write_text("00" * 32)
+    donor.launch()
+    assert await donor.wait() != 0
+    assert served.broker.tables.donors == {}
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+async def test_a_grant_that_would_cut_into_the_headroom_is_refused(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The donor itself looks, whatever the broker believes."""
+    async with donor_process(served, folder, memory="1000TiB") as donor, client(served.port) as ann:
+        assert donor.ready["offered"] == 1000 << 40
+        assert isinstance(await refusal(ann.open_region(1 << 45)), CapacityError)
+        monkeypatch.setattr(Tables, "_free", lambda self, donor: donor.memory.offered)
+        error = await refusal(ann.open_region(1 << 45))
+        assert isinstance(error, CapacityError)
+        await ann.open_region()
+
+
+async def test_an_agent_that_has_nothing_to_lend_says_so(served: Served, folder: Path) -> None:
+    donor = DonorProcess(served.port, folder, memory="auto", headroom="1000TiB")
+    donor.launch()
+    assert await donor.wait() != 0
+
+
+async def test_auto_lends_what_is_available_beyond_the_headroom(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder, memory="auto", headroom="1GiB") as donor:
+        memory = served.broker.tables.donors["d"].memory
+        assert donor.ready["offered"] == memory.offered
+        assert 0 < memory.offered <= memory.available
+
+
+@pytest.mark.slow
+async def test_an_idle_donor_costs_no_processor_time_and_little_memory(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port) as ann:
+        (shard,) = (await ann.open_store(size=32 * MIB)).places
+        store = open_shard(shard)
+        store.put(b"a", b"1")
+        function = function_pid(shard)
+        assert donor.process is not None
+        (zygote,) = children(donor.process.pid)
+        pids = [donor.process.pid, zygote, *children(zygote)]
+        assert function in pids
+        await trio.sleep(2)  # memory is populated, the pool filled, all reported
+        before = {pid: ticks(pid) for pid in pids}
+        await trio.sleep(10)
+        spent = {pid: ticks(pid) - before[pid] for pid in pids}
+        assert sum(spent.values()) <= 1, "hundredths of a second in ten seconds, of all processes together"
+        assert own_memory(function) <= 15 * MIB
+
+
+def children(pid: int) -> list[int]:
+    """Of every thread of a process."""
+    return [int(one) for task in Path(f"/proc/{pid}/task").iterdir() for one in (task / "children").read_text().split()]
+
+
+def ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def own_memory(pid: int) -> int:
+    """Proportional set size, without the memory that is lent."""
+    total, lent = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            lent = "memfd:memfaas" in line
+        elif words[0] == "Pss:" and not lent:
+            total += int(words[1]) * 1024
+    return total
