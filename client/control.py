@@ -207,11 +207,12 @@ class Control:
 
     async def say_goodbye(self) -> None:
         """Lets the broker free at once what this session held; does not insist."""
-        if self._channel is not None:
-            try:
-                await self._channel.request(messages.CloseSession(), messages.Done, _GOODBYE_S)
-            except MemfaasError as error:
-                log.info("the session's leases will expire by themselves: %s", error)
+        if self._channel is None and self._trouble is not None:
+            return  # it is away
+        try:
+            await self.request(messages.CloseSession(), messages.Done, _GOODBYE_S)
+        except MemfaasError as error:
+            log.info("the session's leases will expire by themselves: %s", error)
 
     def close_after_fork(self) -> None:
         """In a forked child: closes its copy of the connection, so that the broker sees the parent's end."""

@@ -224,6 +224,7 @@ class Session:
                 return
             self._closed = True
             loop, self._loop = self._loop, None
+            self._keepers.clear()  # the broker tells of each lease that it frees now
         for store in self._stores.values():
             store.shut()
         for region in self._regions.values():

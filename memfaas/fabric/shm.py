@@ -41,14 +41,18 @@ class _Presence(socket.socket):
             os.close(self.received.pop())
 
 
-_open: weakref.WeakSet[_Presence] = weakref.WeakSet()
+_open: dict[weakref.ref[ShmLink], _Presence] = {}
+
+
+def _watch(link: ShmLink, presence: _Presence) -> None:
+    # An operation refers to its link, so this comes after the last one, in whichever thread.
+    _open[weakref.ref(link, lambda reference: _open.pop(reference).close())] = presence
 
 
 def _close_inherited() -> None:
     # Else a child that lives longer would speak for its dead parent.
-    for presence in list(_open):
+    for presence in list(_open.values()):
         presence.close()
-    _open.clear()
 
 
 os.register_at_fork(after_in_child=_close_inherited)
@@ -58,7 +62,6 @@ def open_link(place: Place, deadline: float, timeout_s: float) -> ShmLink:
     """Maps the lease's memory; its presence is known until the link is no longer referred to."""
     path = place.endpoint.unix_path
     sock = _Presence()
-    _open.add(sock)
     try:
         with mapped_errors(place, "shm", path):
             _connect(sock, path, deadline)
@@ -70,8 +73,7 @@ def open_link(place: Place, deadline: float, timeout_s: float) -> ShmLink:
                 )
             data, control = sock.received
             link = ShmLink(data, control, welcome.participant, timeout_s)
-        # An operation refers to its link, so this comes after the last one, in whichever thread.
-        weakref.finalize(link, sock.close).atexit = False
+        _watch(link, sock)
         return link
     except BaseException:
         sock.close()

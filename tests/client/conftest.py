@@ -12,6 +12,8 @@ import pytest
 
 from memfaas import messages
 from memfaas._native import Memory, ShmLink, format_memory, geometry
+from memfaas.client.local import LocalCluster
+from memfaas.client.session import Session, connect
 from memfaas.client.store import Store
 from memfaas.errors import LeaseLost
 from memfaas.units import MIB
@@ -106,3 +108,16 @@ def make_local() -> Iterator[Callable[..., Local]]:
     yield make
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    """For tests that leave it as they found it: broker and two donors with 256 MiB each."""
+    with LocalCluster(donors=2, memory=256 * MIB) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def session(cluster: LocalCluster) -> Iterator[Session]:
+    with connect(cluster.address) as session:
+        yield session
