@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 struct report {
     uint64_t locks, pins, spans; /* that somebody holds */
@@ -68,6 +69,30 @@ static void check_values(struct mf_memory *memory, uint64_t *linked, struct repo
     free(value);
 }
 
+static void count_held(struct mf_control *control, uint64_t spans, struct report *out) {
+    for (uint64_t i = 0; i < spans; i++)
+        out->spans += control->spans[i].holder != 0;
+    for (uint32_t i = 0; i < MF_STRIPES; i++)
+        out->locks += control->stripes[i].lock != 0;
+    for (uint32_t i = 0; i < MF_PINS; i++)
+        out->pins += control->pins[i].word != 0;
+    for (uint32_t i = 0; i < MF_PARTICIPANTS; i++)
+        out->places += control->participants[i].state != 0;
+}
+
+/* Of memory whose data may be gone. 0 or an errno. */
+int held(int control_fd, int kind, uint64_t size, struct report *out) {
+    struct mf_header at;
+    memset(out, 0, sizeof *out);
+    mf_geometry(kind, size, &at);
+    struct mf_control *control = mmap(NULL, at.control_bytes, PROT_READ, MAP_SHARED, control_fd, 0);
+    if (control == MAP_FAILED)
+        return errno;
+    count_held(control, at.spans, out);
+    munmap(control, at.control_bytes);
+    return 0;
+}
+
 /* 0 or an errno. Nothing may run on the memory meanwhile. */
 int fsck(int data_fd, int control_fd, struct report *out) {
     struct mf_memory memory;
@@ -79,16 +104,9 @@ int fsck(int data_fd, int control_fd, struct report *out) {
     if (!linked)
         return ENOMEM;
     check_values(&memory, linked, out);
-    for (uint32_t i = 0; i < memory.at.spans; i++) {
-        out->spans += memory.control->spans[i].holder != 0;
+    for (uint32_t i = 0; i < memory.at.spans; i++)
         check_span(&memory.control->spans[i], linked + (uint64_t)i * MF_SPAN_WORDS, out);
-    }
-    for (uint32_t i = 0; i < MF_STRIPES; i++)
-        out->locks += memory.control->stripes[i].lock != 0;
-    for (uint32_t i = 0; i < MF_PINS; i++)
-        out->pins += memory.control->pins[i].word != 0;
-    for (uint32_t i = 0; i < MF_PARTICIPANTS; i++)
-        out->places += memory.control->participants[i].state != 0;
+    count_held(memory.control, memory.at.spans, out);
     free(linked);
     mf_unmap(&memory);
     return 0;

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from memfaas.testing.compiling import compile_with_core
+from memfaas.testing.lease import Kind
 
 _FIELDS = (
     "locks", "pins", "spans", "places", "broken", "shared", "leaked", "dangling", "limbo", "counted_wrong",
@@ -27,6 +28,7 @@ def _library() -> ctypes.CDLL:
         compile_with_core(Path(__file__).with_name("fsck.c"), path, ["-O1", "-shared", "-fPIC"], without=["shard.c"])
         library = ctypes.CDLL(str(path))
     library.fsck.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(_Report)]
+    library.held.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.POINTER(_Report)]
     library.block_size.argtypes = [ctypes.c_uint64]
     library.block_size.restype = ctypes.c_uint32
     return library
@@ -45,6 +47,15 @@ def faults(data_fd: int, control_fd: int) -> Mapping[str, int]:
     """Those counts that must be 0 when every operation has ended, and are not."""
     innocent = ("places", "limbo")
     return {name: n for name, n in report(data_fd, control_fd).items() if n and name not in innocent}
+
+
+def held(control_fd: int, kind: Kind, size: int) -> Mapping[str, int]:
+    """Locks, pins and spans that are held, also when the data is gone already."""
+    found = _Report()
+    error = _library().held(control_fd, {"shard": 1, "region": 2}[kind], size, ctypes.byref(found))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return {name: n for name in ("locks", "pins", "spans") if (n := getattr(found, name))}
 
 
 def block_size(size: int) -> int:

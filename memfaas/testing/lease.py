@@ -153,9 +153,10 @@ class BareLease:
         """On tcp it gets new connections when it has none left, but what breaks one is an error."""
 
         def repair(store: BareStore, reason: int) -> None:
-            if reason != NEED_CONNECTION or not isinstance(link, TcpLink):
+            now = store._get_link(0)
+            if reason != NEED_CONNECTION or not isinstance(now, TcpLink):
                 raise LinkDown(reason)
-            link.add(self.connect().detach())
+            now.add(self.connect().detach())
 
         store = BareStore(self.memory.part_size, repair)
         store._set_link(0, link)
