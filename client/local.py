@@ -21,7 +21,6 @@ from typing import IO, Any
 from memfaas import auth, config
 from memfaas.addresses import Address, parse_address
 from memfaas.errors import TransportError, UsageError
-from memfaas.units import parse_duration, parse_size
 
 START_S = 30.0
 STOP_S = 10.0
@@ -53,9 +52,10 @@ class LocalCluster:
     ) -> None:
         if donors < 0:
             raise UsageError(f"{donors} donors: it must be 0 or more")
-        self._memory = parse_size(memory)
-        self._headroom = parse_size(headroom)
-        self._lease_ttl = parse_duration(lease_ttl)
+        # Checked here, so that what makes no sense is not found out by a process that does not start.
+        checked = config.DonorSettings(memory=memory, headroom=headroom)  # type: ignore[arg-type]
+        self._memory, self._headroom = checked.memory, checked.headroom
+        self._lease_ttl = config.BrokerSettings(lease_ttl=lease_ttl).lease_ttl  # type: ignore[arg-type]
         self._owner = os.getpid()
         self._token = secrets.token_hex(16)
         base = tempfile.gettempdir()
@@ -117,6 +117,7 @@ class LocalCluster:
             listen_port=self._address.port,
             secret_file=self._address.secret_file,
             lease_ttl=self._lease_ttl,
+            folder=self._folder,
         )
         facts = broker.wait_ready()
         self._address = Address(self._address.host, parse_address(facts["address"]).port, self._address.secret_file)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,40 @@ from memfaas.config import BrokerSettings, DonorSettings
 from memfaas.errors import MemfaasError
 from memfaas.units import format_size
 
+_DONORS_LEAVE_S = 20.0
+
 _until_eof = click.option("--until-eof", is_flag=True, hidden=True, help="End when the standard input does.")
 
 
-def _end_at_eof() -> None:
-    """For a parent that must not leave us behind, however it ends."""
+def _end_at_eof() -> threading.Event:
+    """For a parent that must not leave us behind, however it ends. The event says that it did."""
+    ended = threading.Event()
 
     def watch() -> None:
         while os.read(0, 4096):
             pass
+        ended.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="until-eof", daemon=True).start()
+    return ended
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder when its donors have left their own in it, as they do when they stop."""
+    deadline = time.monotonic() + _DONORS_LEAVE_S
+    while any((folder / "run").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @click.command()
 @_until_eof
+@click.option(
+    "--folder", type=click.Path(path_type=Path), hidden=True, help="With --until-eof: a folder to remove at the end."
+)
 @settings_options(BrokerSettings)
-def broker(until_eof: bool, **given: Any) -> None:
+def broker(until_eof: bool, folder: Path | None, **given: Any) -> None:
     """Run the broker of a cluster, in the foreground.
 
     It prints one line of JSON when it is ready. It keeps nothing on disk: when it was killed and is
@@ -51,9 +69,10 @@ def broker(until_eof: bool, **given: Any) -> None:
 
     settings = load(BrokerSettings, given)
     auth.create_secret(settings.secret_file)
-    if until_eof:
-        _end_at_eof()
+    orphaned = _end_at_eof() if until_eof else None
     server.main(settings)
+    if folder is not None and orphaned is not None and orphaned.is_set():
+        _remove(folder)
 
 
 @click.command()
