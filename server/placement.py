@@ -7,7 +7,7 @@ where possible. Small donors do not limit large stores: then large donors get se
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memfaas import _native
@@ -19,6 +19,8 @@ from memfaas.units import KIB, format_size
 SPAN = 256 * KIB
 """Sizes of shards are multiples of this."""
 MAX_SHARDS = 64
+_SHARDS_PER_DONOR = 4
+"""On average, at most, for the sake of evenness: each shard is a process, and limits the largest block."""
 _LARGEST = 1 << 50
 """Beyond it sums of sizes are not worth their care."""
 
@@ -46,11 +48,14 @@ class Placer:
     def store(self, size: int, rooms: list[Room]) -> Placement:
         """Raises CapacityError when the store fits nowhere, UsageError for a size that is no size."""
         _check_size("store", size)
-        for shards in self._counts(size, rooms):
-            shard_size = self._shard_size(size, shards)
-            donors = _spread(shards, self.cost("shard", shard_size), rooms)
-            if donors is not None:
-                return Placement(donors, shard_size)
+        few, many = self._counts(size, rooms)
+        fitting = [placement for shards in few if (placement := self._try(size, shards, rooms))]
+        if fitting:  # on the most donors, and then in the fewest shards
+            return max(fitting, key=lambda one: (len(set(one.donors)), -len(one.donors)))
+        for shards in many:
+            placement = self._try(size, shards, rooms)
+            if placement is not None:
+                return placement
         largest = self._largest_store(rooms)
         raise CapacityError(
             f"no room for a store of {format_size(size)}; {_offer(rooms)}"
@@ -65,17 +70,18 @@ class Placer:
             raise CapacityError(f"no donor has room for a region of {format_size(size)}; {_offer(rooms)}")
         return donors[0]
 
-    def _counts(self, size: int, rooms: list[Room]) -> Iterator[int]:
-        """Numbers of shards to try: one for each donor that could take the smallest, then more, then fewer."""
+    def _counts(self, size: int, rooms: list[Room]) -> tuple[range, range]:
+        """Numbers of shards: those worth a choice, and those only for want of anything better."""
         smallest = self.cost("shard", self._min_shard)
         with_room = sum(room.free >= smallest for room in rooms)
         most = max(1, min(MAX_SHARDS, size // self._min_shard))
-        first = max(1, min(with_room, most))
-        yield from range(first, most + 1)
-        yield from range(first - 1, 0, -1)
+        worth = min(most, _SHARDS_PER_DONOR * max(1, with_room))
+        return range(1, worth + 1), range(worth + 1, most + 1)
 
-    def _shard_size(self, size: int, shards: int) -> int:
-        return max(self._min_shard, _round_up(-(-size // shards)))
+    def _try(self, size: int, shards: int, rooms: list[Room]) -> Placement | None:
+        shard_size = max(self._min_shard, _round_up(-(-size // shards)))
+        donors = _spread(shards, self.cost("shard", shard_size), rooms)
+        return None if donors is None else Placement(donors, shard_size)
 
     def _largest_store(self, rooms: list[Room]) -> int:
         """About the largest: by bisection over sizes, for a few numbers of shards."""

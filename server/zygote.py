@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 
-from memfaas.server import function
+from memfaas.server.function import main as serve_lease
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def _child(descriptor: int) -> None:
     status = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        function.main(socket.socket(fileno=descriptor))
+        serve_lease(socket.socket(fileno=descriptor))
         status = 0
     except BaseException:
         logging.exception("ended by an error")

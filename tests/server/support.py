@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 import trio
 
@@ -219,8 +219,11 @@ async def refusal(what: Awaitable[object]) -> MemfaasError:
 class DonorProcess:
     """A donor agent in a process of its own, with its zygote and functions."""
 
-    def __init__(self, port: int, folder: Path, name: str = "d", **settings: object) -> None:
+    def __init__(
+        self, port: int, folder: Path, name: str = "d", stderr: IO[str] | None = None, **settings: Any
+    ) -> None:
         self.name = name
+        self._stderr = stderr
         self.home = folder / "run" / name
         secret = folder / "secret"
         if not secret.exists():
@@ -253,7 +256,10 @@ class DonorProcess:
             "donor.main(DonorSettings(**json.loads(sys.argv[1])))\n"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script, json.dumps(self._given)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", script, json.dumps(self._given)],
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
         )
 
     def _first_line(self) -> str:
@@ -283,9 +289,7 @@ class DonorProcess:
 
 
 @asynccontextmanager
-async def donor_process(
-    served: Served, folder: Path, name: str = "d", **settings: object
-) -> AsyncIterator[DonorProcess]:
+async def donor_process(served: Served, folder: Path, name: str = "d", **settings: Any) -> AsyncIterator[DonorProcess]:
     donor = DonorProcess(served.port, folder, name, **settings)
     try:
         await donor.start()
