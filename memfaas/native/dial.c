@@ -99,21 +99,6 @@ static int fail(struct mf_stream *stream) {
     return error == EAGAIN || error == EWOULDBLOCK ? MF_TIMEOUT : MF_BROKEN;
 }
 
-static bool send_segments(struct mf_stream *stream, const uint8_t *value, uint64_t length) {
-    uint64_t sums[MF_MAX_SEGMENTS];
-    uint32_t count = 0;
-    while (length) {
-        size_t now = length < MF_SPAN ? length : MF_SPAN;
-        for (size_t at = 0; at < now; at += MF_SEGMENT)
-            sums[count++] = mf_hash(value + at, now - at < MF_SEGMENT ? now - at : MF_SEGMENT, 0);
-        if (!mf_stream_send(stream, &(struct iovec){(void *)value, now}, 1))
-            return false;
-        value += now;
-        length -= now;
-    }
-    return mf_stream_queue(stream, sums, count * sizeof *sums);
-}
-
 /* Gives the next change on this connection its number; `change` remembers it until the reply comes. */
 void mf_number(struct mf_stream *stream, struct mf_request *request, struct mf_change *change) {
     while (stream->id == 0 || stream->number == UINT32_MAX) {
@@ -140,7 +125,8 @@ int mf_ask(struct mf_stream *stream, const struct mf_request *request, const voi
     bool good = mf_stream_queue(stream, &head, sizeof head) && mf_stream_queue(stream, key, head.key_len) &&
                 mf_stream_queue(stream, meta, head.meta_len);
     if (good && (head.verb == MF_PUT || head.verb == MF_WRITE))
-        good = small ? mf_stream_queue(stream, value, head.value_len) : send_segments(stream, value, head.value_len);
+        good = small ? mf_stream_queue(stream, value, head.value_len)
+                     : mf_stream_send(stream, &(struct iovec){(void *)value, head.value_len}, 1);
     return good ? MF_OK : fail(stream);
 }
 

@@ -23,6 +23,7 @@ uint64_t mf_hash(const void *data, size_t length, uint64_t seed) {
     return WIDE(length) ? mf_hash_avx2(data, length, seed) : XXH3_64bits_withSeed(data, length, seed);
 }
 
-uint64_t mf_hash_copy(void *into, const void *from, size_t length) {
-    return WIDE(length) ? mf_hash_copy_avx2(into, from, length) : copy_and_hash(into, from, length);
+uint64_t mf_hash_copy(void *into, const void *from, size_t length, bool past_cache) {
+    return WIDE(length) ? mf_hash_copy_avx2(into, from, length, past_cache)
+                        : copy_and_hash(into, from, length, false);
 }

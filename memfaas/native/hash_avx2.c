@@ -13,5 +13,7 @@ uint64_t mf_hash_avx2(const void *data, size_t length, uint64_t seed) {
     return XXH3_64bits_withSeed(data, length, seed);
 }
 
-uint64_t mf_hash_copy_avx2(void *into, const void *from, size_t length) { return copy_and_hash(into, from, length); }
+uint64_t mf_hash_copy_avx2(void *into, const void *from, size_t length, int past_cache) {
+    return past_cache ? copy_and_hash(into, from, length, 1) : copy_and_hash(into, from, length, 0);
+}
 #endif

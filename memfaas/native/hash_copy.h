@@ -10,14 +10,19 @@
 #define BLOCK (STRIPES * XXH_STRIPE_LEN)
 
 /* One block of 1 KiB: XXH3's accumulate, with a store. */
-static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from) {
+static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from, int past_cache) {
 #if defined(__AVX2__)
     __m256i low = _mm256_load_si256((__m256i *)lanes), high = _mm256_load_si256((__m256i *)(lanes + 4));
     for (size_t i = 0; i < STRIPES; i++, into += 64, from += 64) {
         const uint8_t *secret = XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE;
         __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
-        _mm256_storeu_si256((__m256i *)into, a);
-        _mm256_storeu_si256((__m256i *)(into + 32), b);
+        if (past_cache) {
+            _mm256_stream_si256((__m256i *)into, a);
+            _mm256_stream_si256((__m256i *)(into + 32), b);
+        } else {
+            _mm256_storeu_si256((__m256i *)into, a);
+            _mm256_storeu_si256((__m256i *)(into + 32), b);
+        }
         __builtin_prefetch(from + 512);
         __m256i x = _mm256_xor_si256(a, _mm256_loadu_si256((const __m256i *)secret));
         __m256i y = _mm256_xor_si256(b, _mm256_loadu_si256((const __m256i *)(secret + 32)));
@@ -44,15 +49,21 @@ static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from
     XXH3_scrambleAcc(lanes, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN);
 }
 
-static inline uint64_t copy_and_hash(uint8_t *into, const uint8_t *from, size_t length) {
+/* `past_cache`: the copy is not going to be read soon, so it is not brought into the cache to be written. */
+static inline uint64_t copy_and_hash(uint8_t *into, const uint8_t *from, size_t length, int past_cache) {
     if (length <= BLOCK) {
         memcpy(into, from, length);
         return XXH3_64bits(into, length);
     }
     XXH_ALIGN(64) xxh_u64 lanes[XXH_ACC_NB] = XXH3_INIT_ACC;
     size_t at = 0;
+    past_cache = past_cache && (uintptr_t)into % 32 == 0;
     for (; at + BLOCK < length; at += BLOCK)
-        copy_block(lanes, into + at, from + at);
+        copy_block(lanes, into + at, from + at, past_cache);
+#if defined(__AVX2__)
+    if (past_cache)
+        _mm_sfence(); /* such stores are ordered by nothing else */
+#endif
     memcpy(into + at, from + at, length - at);
     for (size_t i = 0; i < (length - 1 - at) / XXH_STRIPE_LEN; i++)
         XXH3_accumulate_512(lanes, into + at + i * XXH_STRIPE_LEN, XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE);

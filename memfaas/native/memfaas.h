@@ -29,7 +29,8 @@ enum mf_status {
 /* --- hash.c ---------------------------------------------------------------------------------- */
 
 uint64_t mf_hash(const void *data, size_t length, uint64_t seed); /* XXH3, 64 bits */
-uint64_t mf_hash_copy(void *into, const void *from, size_t length); /* copies; mf_hash(from, length, 0) */
+/* Copies, and returns mf_hash(into, length, 0). `past_cache`: see hash_copy.h. */
+uint64_t mf_hash_copy(void *into, const void *from, size_t length, bool past_cache);
 /* Of everything that identifies a key. */
 static inline uint64_t mf_hash_key(const void *key, size_t length, unsigned space) {
     return mf_hash(key, length, space);

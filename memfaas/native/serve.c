@@ -154,25 +154,37 @@ static void copy_tail(struct mf_op *op, uint32_t from, const uint8_t *tail) {
         memcpy(op->piece[i].iov_base, tail, op->piece[i].iov_len);
 }
 
+/* Hashed here and not by the client: on one machine the sender is the busier side, on a network the
+ * wire is. */
+static bool receive_piece(struct mf_stream *stream, uint8_t *into, size_t length, uint64_t *sums) {
+    for (size_t at = 0; at < length; at += MF_SEGMENT) {
+        size_t count = length - at < MF_SEGMENT ? length - at : MF_SEGMENT;
+        if (!mf_stream_read(stream, into + at, count))
+            return false;
+        *sums++ = mf_hash(into + at, count, 0);
+    }
+    return true;
+}
+
+static bool receive_spans(struct mf_op *op, struct mf_stream *stream) {
+    for (uint32_t i = 0; i < op->pieces; i++)
+        if (!receive_piece(stream, op->piece[i].iov_base, op->piece[i].iov_len, op->sums + i * (MF_SPAN / MF_SEGMENT)))
+            return false;
+    return true;
+}
+
 /* A large value goes from the socket to where it will lie, as far as that is whole spans: these we may
  * hold while the peer takes its time. The rest waits in `tail`. False: the stream broke. */
 static bool put_chunked(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
                         const uint8_t *key, uint8_t *tail, struct mf_replaced *replaced, int *status) {
-    uint64_t sums = mf_segments_of(request->value_len) * sizeof *op->sums;
-    size_t rest = request->value_len % MF_SPAN;
     *status = mf_put_reserve_spans(op, request->key_len, request->meta_len, request->value_len);
     if (*status != MF_OK) /* also when no whole spans are left: a fragmented heap takes no large values over tcp */
-        return mf_stream_skip(stream, request->value_len + sums);
+        return mf_stream_skip(stream, request->value_len);
     mf_unpin(op);
-    uint32_t spans = op->pieces;
-    for (uint32_t i = 0; i < spans; i++) {
-        volatile bool good = false;
-        MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
-                   good = mf_stream_read(stream, op->piece[i].iov_base, op->piece[i].iov_len), good = false);
-        if (!good)
-            return false;
-    }
-    if (!mf_stream_read(stream, tail, rest) || !mf_stream_read(stream, op->sums, sums))
+    const uint32_t spans = op->pieces;
+    volatile bool good = false;
+    MF_GUARDED(op->memory->data, op->memory->at.data_bytes, good = receive_spans(op, stream), good = false);
+    if (!good || !receive_piece(stream, tail, request->value_len % MF_SPAN, op->sums + spans * (MF_SPAN / MF_SEGMENT)))
         return false;
     op->deadline = 0; /* the peer's time is not ours */
     if ((*status = mf_put_reserve_rest(op)) != MF_OK)

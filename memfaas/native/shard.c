@@ -164,7 +164,7 @@ int mf_get(struct mf_op *op, const void *key, uint32_t key_len) {
 /* Copies an inline value; returns its mf_value_sum. */
 static uint64_t copy_value(void *into, const void *from, size_t length, const void *meta, size_t meta_len) {
     if (!meta_len)
-        return mf_hash_copy(into, from, length);
+        return mf_hash_copy(into, from, length, false);
     memcpy(into, from, length);
     return mf_value_sum(meta, meta_len, into, length);
 }
@@ -180,7 +180,7 @@ static bool copy_out(struct mf_op *op, uint8_t *into, void *meta) {
         const uint8_t *from = op->piece[i].iov_base;
         for (size_t left = op->piece[i].iov_len; left;) {
             size_t count = left < MF_SEGMENT ? left : MF_SEGMENT;
-            if (op->sums[segment++] != mf_hash_copy(into, from, count))
+            if (op->sums[segment++] != mf_hash_copy(into, from, count, false))
                 return false;
             into += count;
             from += count;
@@ -397,6 +397,8 @@ int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     return status;
 }
 
+#define PAST_CACHE (4u << 20) /* a value larger than most shares of a last-level cache */
+
 static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
     if (op->chunks == 0) {
         op->checksum = copy_value(op->piece[0].iov_base, value, op->value_len, meta, op->meta_len);
@@ -407,7 +409,7 @@ static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
         uint8_t *to = op->piece[i].iov_base;
         for (size_t left = op->piece[i].iov_len; left;) {
             size_t count = left < MF_SEGMENT ? left : MF_SEGMENT;
-            op->sums[segment++] = mf_hash_copy(to, value, count);
+            op->sums[segment++] = mf_hash_copy(to, value, count, op->value_len >= PAST_CACHE);
             to += count;
             value += count;
             left -= count;

@@ -103,9 +103,9 @@ bool mf_stream_queue(struct mf_stream *stream, const void *data, size_t length) 
     return true;
 }
 
-static size_t receive(struct mf_stream *stream, void *into, size_t length) {
+static size_t receive(struct mf_stream *stream, void *into, size_t length, int flags) {
     for (;;) {
-        ssize_t got = recv(stream->fd, into, length, 0);
+        ssize_t got = recv(stream->fd, into, length, flags);
         if (got > 0)
             return (size_t)got;
         if (got == 0 || errno != EINTR)
@@ -122,7 +122,7 @@ bool mf_stream_fill(struct mf_stream *stream, size_t length) {
             stream->have -= stream->at;
             stream->at = 0;
         }
-        size_t got = receive(stream, stream->in + stream->have, MF_BUFFER - stream->have);
+        size_t got = receive(stream, stream->in + stream->have, MF_BUFFER - stream->have, 0);
         if (!got)
             return false;
         stream->have += got;
@@ -139,7 +139,7 @@ size_t mf_stream_some(struct mf_stream *stream, void *into, size_t length) {
         stream->at += buffered;
         return buffered;
     }
-    return receive(stream, into, length);
+    return receive(stream, into, length, MSG_WAITALL);
 }
 
 bool mf_stream_read(struct mf_stream *stream, void *into, size_t length) {

@@ -1,7 +1,6 @@
 /* The tcp fabric's frames, after the ticket's handshake. Little-endian, as every machine we run on.
  *
- * A request is the structure, then key, meta and value. A value that the shard would not keep inline
- * is followed by one checksum for each segment of 64 KiB. A reply is the structure, then meta, the
+ * A request is the structure, then key, meta and value. A reply is the structure, then meta, the
  * checksums of a value that is not inline, and the value; to GET and READ. Requests may be sent one
  * behind the other; replies come in their order. */
 #ifndef MEMFAAS_WIRE_H
