@@ -7,6 +7,9 @@ bytes go from the array into the store without a copy.
 from __future__ import annotations
 
 import ast
+import ctypes
+import functools
+import mmap
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from memfaas._native import Value
+
+_SMALL = 16 << 10
+_HUGE = 4 << 20
+_PAGE = mmap.PAGESIZE
+_MADV_HUGEPAGE = 14
 
 
 def flatten(value: Value) -> tuple[memoryview, bytes, int]:
@@ -73,13 +81,27 @@ def _view(flat: Any) -> memoryview:
 def _flatten_array(value: Any) -> tuple[memoryview, bytes, int]:
     import numpy as np
 
-    if isinstance(value, np.ma.MaskedArray):
-        raise UsageError("a masked array would lose its mask; store its data and its mask as two values")
-    array = np.asarray(value, order="C")
-    meta = msgpack.packb([_describe(array.dtype), array.shape])
+    array = value if type(value) is np.ndarray else _plain(value)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    meta = _meta(array.dtype, array.shape)
     if array.nbytes == 0:
         return memoryview(b""), meta, FLAG_ARRAY
     return _view(array.reshape(-1).view(np.uint8)), meta, FLAG_ARRAY
+
+
+def _plain(value: Any) -> Any:
+    import numpy as np
+
+    if isinstance(value, np.ma.MaskedArray):
+        raise UsageError("a masked array would lose its mask; store its data and its mask as two values")
+    return np.asarray(value)
+
+
+@functools.lru_cache(256)
+def _meta(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    packed: bytes = msgpack.packb([_describe(dtype), shape])
+    return packed
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
@@ -104,14 +126,21 @@ def shape_array(flat: NDArray[np.uint8], meta: bytes) -> NDArray[Any]:
     import numpy as np
 
     try:
-        described, shape = msgpack.unpackb(meta)
-        descr = ast.literal_eval(described) if described[:1] in ("[", "(") else described
-        dtype = np.lib.format.descr_to_dtype(descr)
+        dtype, shape = _parse(meta)
         if dtype.itemsize == 0:
             return np.empty(shape, dtype)
         return flat.view(dtype).reshape(shape)
     except Exception as error:  # meta comes from another process
         raise ValueCorrupt(f"the stored array makes no sense: {error}") from error
+
+
+@functools.lru_cache(256)
+def _parse(meta: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    import numpy as np
+
+    described, shape = msgpack.unpackb(meta)
+    descr = ast.literal_eval(described) if described[:1] in ("[", "(") else described
+    return np.lib.format.descr_to_dtype(descr), tuple(shape)
 
 
 # --- fresh memory ---------------------------------------------------------------------------------
@@ -129,8 +158,24 @@ def fresh_bytes(length: int) -> tuple[bytes, memoryview]:
 
     Python shares objects of one byte and none; then the view is of memory of its own.
     """
+    if length <= 1:
+        return bytes(length), memoryview(bytearray(length))
     whole = bytes(length)  # large ones come from the system as zero pages: nothing is written twice
-    return whole, _view(own(whole))
+    flat = _own(whole)
+    if length >= _HUGE:
+        _prefer_huge_pages(flat.ctypes.data, length)
+    return whole, _view(flat)
+
+
+def _prefer_huge_pages(address: int, length: int) -> None:
+    """As NumPy does for its arrays. Without, most of the time of a large get goes into page faults."""
+    start, end = -(-address // _PAGE) * _PAGE, (address + length) // _PAGE * _PAGE
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class _Owner:
@@ -141,17 +186,22 @@ class _Owner:
         self.__array_interface__ = interface
 
 
-def own(value: bytes) -> NDArray[np.uint8]:
-    """A writable array on the memory of a bytes object that was just made and that nobody else has.
+def _own(value: bytes) -> NDArray[np.uint8]:
+    import numpy as np
+
+    interface = dict(np.frombuffer(value, np.uint8).__array_interface__)
+    interface["data"] = (interface["data"][0], False)
+    owned: NDArray[np.uint8] = np.asarray(_Owner(value, interface))
+    return owned
+
+
+def thaw(value: bytes) -> NDArray[np.uint8]:
+    """A writable array of a bytes object that was just made and that nobody else has.
 
     The native core gives values as bytes; a copy of each array, only for the right to write into
     it, would cost as much as the transfer.
     """
     import numpy as np
 
-    if len(value) <= 1:  # Python shares these objects
-        return np.frombuffer(bytearray(value), np.uint8)
-    interface = dict(np.frombuffer(value, np.uint8).__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    owned: NDArray[np.uint8] = np.asarray(_Owner(value, interface))
-    return owned
+    # Of small ones a copy is made faster; and Python shares objects of one byte.
+    return np.frombuffer(bytearray(value), np.uint8) if len(value) <= _SMALL else _own(value)

@@ -41,7 +41,8 @@ class ControlLoop:
         try:
             ready.result()
         except BaseException:  # also Ctrl-C: leave nothing behind that still tries
-            self.stop(join_s=0)
+            if not ready.cancel():
+                self.stop(join_s=0)
             raise
 
     async def _main(self, patient: bool, ready: concurrent.futures.Future[None]) -> None:
@@ -52,10 +53,13 @@ class ControlLoop:
             try:
                 await nursery.start(partial(self.control.run, patient=patient))
             except Exception as error:
-                ready.set_exception(error)
+                if ready.set_running_or_notify_cancel():
+                    ready.set_exception(error)
                 return
-            ready.set_result(None)
-            await self._stopping.wait()
+            if ready.set_running_or_notify_cancel():
+                ready.set_result(None)
+                await self._stopping.wait()
+            # else: nobody waits for the session any more
             await self.control.say_goodbye()
             nursery.cancel_scope.cancel()
 

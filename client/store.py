@@ -126,7 +126,7 @@ class Store(StoreCore):
         elif found.flags & FLAG_LZ4:
             flat = np.frombuffer(expand_writable(found.value), np.uint8)
         else:
-            flat = codec.own(bytes(found.value))
+            flat = codec.thaw(bytes(found.value))
         return codec.shape_array(flat, found.meta) if found.flags & FLAG_ARRAY else flat
 
     # --- files --------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Store(StoreCore):
     def keys(self, prefix: str | bytes = b"") -> list[bytes]:
         """All keys that begin so, each once, in no order.
 
-        Keys that are put or deleted meanwhile may be listed or not.
+        Keys that are put or deleted meanwhile may be listed or not. LeaseLost when a shard is lost.
         """
         start = prefix.encode() if isinstance(prefix, str) else bytes(prefix)
         return list(

@@ -134,9 +134,9 @@ def test_a_description_that_does_not_fit_is_corrupt(meta: bytes) -> None:
         codec.shape_array(np.zeros(16, np.uint8), meta)
 
 
-@given(st.integers(0, 300))
+@given(st.integers(0, 300) | st.just(5 << 20))
 def test_fresh_bytes_take_what_is_written_through_the_view(length: int) -> None:
-    content = bytes(number % 251 for number in range(length))
+    content = (bytes(range(251)) * (length // 251 + 1))[:length]
     whole, view = codec.fresh_bytes(length)
     view[:] = content
     if length > 1:
@@ -145,12 +145,14 @@ def test_fresh_bytes_take_what_is_written_through_the_view(length: int) -> None:
     assert bytes(1) == b"\0"
 
 
-def test_owned_bytes_live_as_long_as_the_array() -> None:
-    owned = codec.own(bytes(bytearray(b"abcdef")))
-    part = owned[2:4]
-    del owned
-    part[0] = ord("x")
-    assert bytes(part) == b"xd"
+@pytest.mark.parametrize("length", [0, 1, 6, 1 << 20])
+def test_thawed_bytes_live_as_long_as_the_array(length: int) -> None:
+    thawed = codec.thaw(bytes(bytearray(b"a" * length)))
+    part = thawed[length // 2 :]
+    del thawed
+    part[...] = ord("x")
+    assert bytes(part) == b"x" * (length - length // 2)
+    assert bytes([97, 97]) == b"a" * 2
 
 
 @pytest.mark.parametrize(
