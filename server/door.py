@@ -19,7 +19,7 @@ from memfaas.server.fds import FdStream, peer_of
 from memfaas.server.lobby import Lobby
 
 _STRANGERS = 64
-_REAP_AGAIN_S = 60.0
+_PUT_RIGHT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Door:
         self._on_change = on_change
         self._lobby = Lobby(_STRANGERS)
         self._attached = 0
+        self._reaped = trio.Event()
 
     def links(self) -> dict[str, int]:
         counts = {"shm": self._attached, "tcp": self._server.connections()}
@@ -59,7 +60,9 @@ class Door:
 
     async def run(self, unix: trio.SocketListener, tcp: trio.SocketListener) -> None:
         """Serves both listeners, and watches the clients that a killed function has left attached."""
+        self._reaped.set()  # a killed function may have left something too
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._put_right)
             for participant, pid, start_time in self._memory.participants():
                 nursery.start_soon(self._watch_inherited, participant, pid, start_time)
             nursery.start_soon(trio.serve_listeners, self._on_unix, [unix])
@@ -161,12 +164,17 @@ class Door:
     async def _detach(self, participant: int) -> None:
         self._attached -= 1
         self._on_change()
+        await trio.to_thread.run_sync(self._memory.reap, participant)
+        self._reaped.set()
+
+    async def _put_right(self) -> None:
+        """Frees what those that were reaped had taken; once for a burst of them."""
         while True:
-            try:
-                return await trio.to_thread.run_sync(self._memory.reap, participant)
-            except TimeoutError as error:
-                logger.warning("lease %s: behind a client that is gone: %s", self._spec.lease.hex()[:8], error)
-            await trio.sleep(_REAP_AGAIN_S)
+            await self._reaped.wait()
+            self._reaped = trio.Event()
+            while not await trio.to_thread.run_sync(self._memory.put_right, _PUT_RIGHT_S):
+                name = self._spec.lease.hex()[:8]
+                logger.warning("lease %s: an operation does not end, so what dead clients held stays held", name)
 
     # --- tcp ------------------------------------------------------------------------------------
 

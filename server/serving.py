@@ -60,10 +60,7 @@ class Served:
         except (OSError, ValueError) as error:
             raise LeaseLost(f"the memory of lease {self.name} cannot be served: {error}") from error
         if not self.message.fresh:
-            try:
-                await trio.to_thread.run_sync(self._memory.reap, 0)
-            except TimeoutError as error:
-                logger.warning("lease %s: after a killed function: %s", self.name, error)
+            await trio.to_thread.run_sync(self._memory.reap, 0)
         self._door = Door(
             self._memory,
             [self._data, self._control],
