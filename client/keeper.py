@@ -192,11 +192,14 @@ class Keeper:
         """Opens a new link where the lease is now, and tries until the deadline."""
         if attempt > 2:  # it keeps failing although it opens
             _pause(attempt, deadline)
+        # Over tcp the core asks what the broken connection did, so it must not become another fabric.
+        broken = reason == BROKEN and isinstance(self._current(), TcpLink)
+        choice: fabric.Choice = "tcp" if broken else self._broker.fabric
         ask = reason == REVOKED or attempt > 1 or self.gone is not None or self._ticket_is_old()
         for round_ in itertools.count(1):
             trouble: MemfaasError | None = self._ask_broker(deadline) if ask else None
             try:
-                opened = fabric.open_link(self.place, self._broker.fabric, deadline, self._broker.timeout)
+                opened = fabric.open_link(self.place, choice, deadline, self._broker.timeout)
                 break
             except (AccessError, ProtocolError) as error:
                 if ask and trouble is None:  # with a fresh ticket, at the right place
