@@ -138,7 +138,7 @@ class Broker:
             self.saw_earlier_life()
         drop = [one.lease for one in outcome.free if one.donor == name]
         outcome.free = [one for one in outcome.free if one.donor != name]
-        self._nursery.start_soon(self.carry_out, outcome)
+        self.in_background(outcome)
         return Registered(drop=drop)
 
     def donor_ended(self, name: str, channel: rpc.Channel) -> None:
@@ -154,7 +154,7 @@ class Broker:
 
     def donor_lost(self, name: str, notice: LeaseGone) -> None:
         logger.warning("lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
-        self._nursery.start_soon(self.carry_out, self.tables.lost(name, notice.lease, notice.reason))
+        self.in_background(self.tables.lost(name, notice.lease, notice.reason))
 
     def saw_earlier_life(self) -> None:
         """Somebody knows this broker from before: others will be back soon, too."""
@@ -195,7 +195,7 @@ class Broker:
             outcome = self.tables.expire()
             for one in outcome.tell + outcome.free:
                 logger.info("lease %s is over: %s", one.lease.hex()[:8], one.reason)
-            self._nursery.start_soon(self.carry_out, outcome)
+            self.in_background(outcome)
 
     # --- granting -------------------------------------------------------------------------------
 
@@ -285,7 +285,7 @@ class Broker:
                 if not isinstance(error, CapacityError):  # then its next report says what it has
                     excluded.add(lease.donor)
                 return
-            if not self.tables.granted(lease.spec.lease, granted.endpoint, granted.memory):
+            if not self.tables.granted(lease.donor, lease.spec.lease, granted.endpoint, granted.memory):
                 # Its end was told to the donor perhaps before the donor had begun.
                 await self._free(ToFree(lease.donor, lease.spec.lease, "it ended while it was being granted"))
                 failures.append(LeaseLost(f"lease {lease.spec.lease.hex()[:8]} ended while it was being granted"))
@@ -311,6 +311,9 @@ class Broker:
             for freeing in outcome.free:
                 nursery.start_soon(self._free, freeing)
         self.announce()
+
+    def in_background(self, outcome: Outcome) -> None:
+        self._nursery.start_soon(self.carry_out, outcome)
 
     async def _tell(self, telling: ToTell) -> None:
         channel = self._sessions.get(telling.session)

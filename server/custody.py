@@ -12,7 +12,7 @@ from pathlib import Path
 import trio
 
 from memfaas import _native, rpc
-from memfaas.errors import LeaseLost, MemfaasError, ProtocolError, TransportError
+from memfaas.errors import LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
 from memfaas.messages import Done, Endpoint, FunctionReport, HeldLease, LeaseSpec, Message, Serve, Stop
 from memfaas.server import memory
 from memfaas.server.function import control_path
@@ -224,8 +224,7 @@ def make_descriptors(spec: LeaseSpec, unix_path: Path, host: str) -> tuple[list[
             os.chmod(unix_path, 0o666)  # for clients of other users: what opens the door is a ticket
             unix.listen(_BACKLOG)
             made.append(unix.detach())
-        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.create_server(where[:2], family=family, backlog=_BACKLOG) as tcp:
+        with _listen(host) as tcp:
             port = tcp.getsockname()[1]
             made.append(tcp.detach())
         return made, port
@@ -233,3 +232,18 @@ def make_descriptors(spec: LeaseSpec, unix_path: Path, host: str) -> tuple[list[
         for descriptor in made:
             os.close(descriptor)
         raise TransportError(f"cannot make memory and sockets for a lease: {error}") from error
+
+
+def _listen(host: str) -> socket.socket:
+    family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(where[:2], family=family, backlog=_BACKLOG)
+
+
+def check_host(host: str) -> None:
+    """Whether leases can listen there; better known now than at each grant. Raises UsageError."""
+    try:
+        _listen(host).close()
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host} ({error.strerror}); --listen-host is an address of this node"
+        ) from error

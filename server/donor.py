@@ -36,7 +36,7 @@ from memfaas.messages import (
     Serving,
 )
 from memfaas.server import memory, process
-from memfaas.server.custody import Custody, FunctionLink, make_descriptors
+from memfaas.server.custody import Custody, FunctionLink, check_host, make_descriptors
 from memfaas.server.fds import FdStream, peer_of
 from memfaas.server.home import Home
 from memfaas.server.placement import lease_bytes
@@ -49,7 +49,7 @@ _REGISTER_S = 10.0
 _STOP_S = 60.0
 _SAY_S = 2.0
 _FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 2.0
+_LONGEST_PAUSE_S = 0.9
 """Between attempts to reach the broker. Short: it waits only a moment for its donors after a restart."""
 _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
@@ -116,6 +116,8 @@ class Agent:
                 async with trio.open_nursery() as self._nursery:
                     self._nursery.start_soon(self._pool.run)
                     try:
+                        if self._settings.listen_host is not None:
+                            check_host(self._settings.listen_host)
                         await self._adopt_all()
                         self._offered = self._offer()
                         self._nursery.start_soon(self._report_changes)
@@ -205,6 +207,7 @@ class Agent:
             await self._drop(custody, "no function could serve it")
             raise
         logger.info("lease %s of %s: granted, %s %s", custody.name, spec.tenant, spec.kind, format_size(spec.size))
+        self._answer_gave_memory()
         return Granted(endpoint=endpoint, memory=self._memory())
 
     async def _free(self, lease: bytes, reason: str) -> Freed:
@@ -216,7 +219,7 @@ class Agent:
     async def _drop(self, custody: Custody, reason: str) -> None:
         await custody.end(reason)
         self._custodies.pop(custody.spec.lease, None)
-        self._change()
+        self._answer_gave_memory()
 
     async def _lose(self, custody: Custody, reason: str) -> None:
         await self._drop(custody, reason)
@@ -239,6 +242,17 @@ class Agent:
         pid, _ = peer_of(stream.socket)
         link = FunctionLink(FunctionProcess(pid, stream))
         self._nursery.start_soon(link.run)
+        try:
+            serving, descriptors = await self._ask_to_serve_us(link)
+        except BaseException:
+            await link.process.let_go()
+            raise
+        custody = self._custody(serving.spec, serving.endpoint, descriptors)
+        await self._nursery.start(custody.keep, self._nursery, self._pool, link)
+        logger.info("lease %s: adopted function %d", custody.name, pid)
+
+    async def _ask_to_serve_us(self, link: FunctionLink) -> tuple[Serving, list[int]]:
+        stream = link.process.stream
         log = _log_descriptor()
         try:
             stream.attach([log])
@@ -246,12 +260,9 @@ class Agent:
         finally:
             os.close(log)
         try:
-            descriptors = stream.take(DESCRIPTORS)
+            return serving, stream.take(DESCRIPTORS)
         except ValueError as error:
             raise ProtocolError(str(error)) from None
-        custody = self._custody(serving.spec, serving.endpoint, descriptors)
-        await self._nursery.start(custody.keep, self._nursery, self._pool, link)
-        logger.info("lease %s: adopted function %d", custody.name, pid)
 
     # --- the broker -----------------------------------------------------------------------------
 
@@ -357,6 +368,11 @@ class Agent:
 
     def _change(self) -> None:
         self._changed.set()
+
+    def _answer_gave_memory(self) -> None:
+        """Answers given at about the same time may overtake each other, so a report has to follow."""
+        self._reported = None
+        self._change()
 
     async def _report_changes(self) -> None:
         while True:

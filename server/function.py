@@ -44,6 +44,8 @@ def main(sock: socket.socket) -> None:
     os.umask(0o177)  # its control socket is for its own user alone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the agent, which will tell us
     process.allow_many_files()
+    process.allow_locked_memory()
+    _call_oneself("memfaas-idle")
     trio.run(_run, sock)
 
 
@@ -103,6 +105,7 @@ class Function:
         token = trio.lowlevel.current_trio_token()
         served = Served(message, descriptors, on_change=lambda: self._changed.set())
         await served.prepare()
+        _call_oneself(f"mf-{served.name}")
         control = _listen(control_path(message.endpoint.unix_path))
         self._served = served
         self._nursery.start_soon(served.run)
@@ -155,6 +158,11 @@ class Function:
                 except TransportError:
                     pass
             await trio.sleep(_REPORT_PAUSE_S)
+
+
+def _call_oneself(name: str) -> None:
+    """For `top` and the like: else all functions look like the zygote."""
+    Path("/proc/self/comm").write_text(name)
 
 
 def _unlink(path: str) -> None:

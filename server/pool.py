@@ -46,6 +46,13 @@ class FunctionProcess:
             finally:
                 os.close(pidfd)
 
+    async def let_go(self) -> None:
+        """Leaves it to itself."""
+        await trio.aclose_forcefully(self.stream)
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
     def lives(self) -> bool:
         if self._pidfd is None:
             return False

@@ -78,6 +78,12 @@ def allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def allow_locked_memory() -> None:
+    """As much as the system lets us lock."""
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
 def notice_dead_peers(sock: socket.socket | trio.socket.SocketType) -> None:
     """A peer whose node died says no goodbye: the kernel finds out within half a minute, and tells us."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

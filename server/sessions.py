@@ -92,7 +92,7 @@ class SessionPeer:
         self._broker.session_opened(self._session, self.channel)
         if message.stores or message.leases:
             self._broker.saw_earlier_life()
-        await self._broker.detached(lambda: self._broker.carry_out(outcome))
+        self._broker.in_background(outcome)
         return SessionOpened(session=self._session, ttl=self._tables.ttl)
 
     async def _close_session(self, _: CloseSession) -> Done:

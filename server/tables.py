@@ -320,10 +320,12 @@ class Tables:
         self.donors[donor].leases.add(spec.lease)
         return lease
 
-    def granted(self, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
+    def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
         """The donor serves the lease. False when the lease has ended in the meantime (it is to be freed)."""
         known = self.leases.get(lease)
         if known is None or known.state is not State.GRANTING:
+            if donor in self.donors:  # it may have said that it was freed before it was made
+                self.donors[donor].over.setdefault(lease, (0, self._clock() + REMEMBER_S))
             return False
         known.state, known.endpoint = State.HELD, endpoint
         self.donors[known.donor].memory = memory

@@ -45,7 +45,10 @@ def main() -> None:
             agent.close()
             _child(descriptor)
         os.close(descriptor)
-        agent.send(str(pid).encode())
+        try:
+            agent.send(str(pid).encode())
+        except OSError:
+            return
 
 
 def _child(descriptor: int) -> None:

@@ -123,7 +123,7 @@ class World:
     def grant(self, lease: Lease) -> bool:
         donor = self.donors[lease.donor]
         endpoint = donor.serve(lease.spec)
-        kept = self.tables.granted(lease.spec.lease, endpoint, donor.memory())
+        kept = self.tables.granted(lease.donor, lease.spec.lease, endpoint, donor.memory())
         if not kept:
             del donor.held[lease.spec.lease]
             self.tables.freed(donor.name, lease.spec.lease, donor.memory())
