@@ -76,7 +76,7 @@ def test_what_was_killed_is_cleaned_up_too() -> None:
         with LocalCluster(donors=1, memory="32MiB") as cluster:
             clusters.append(cluster)
             with memfaas.connect(cluster.address) as session:
-                session.store("s", size="8MiB").put("a", b"1")
+                session.store("s", size="8MiB", persistent=True).put("a", b"1")
             cluster.kill_donor(0)
             cluster.kill_broker()
             assert processes(cluster)
