@@ -100,8 +100,8 @@ def _read_private(path: Path) -> str:
         text = path.read_text().strip()
     except OSError as error:
         raise AccessError(
-            f"cannot read the secret file {path} ({error.strerror}); "
-            "give the right one with --secret-file or MEMFAAS_SECRET_FILE, or copy it from the broker's node"
+            f"cannot read the secret file {path} ({error.strerror}); a broker (`memfaas up`) makes it: copy it "
+            "from the broker's node, or name another with --secret-file or MEMFAAS_SECRET_FILE"
         ) from error
     except UnicodeDecodeError as error:
         raise AccessError(f"{path} is not a secret file of memfaas") from error
