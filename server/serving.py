@@ -20,7 +20,8 @@ from memfaas.units import MIB, format_size
 
 DESCRIPTORS = 4
 """Of a lease: data memory, control memory, Unix listener, tcp listener."""
-POPULATE_STEP = 64 * MIB
+POPULATE_STEP = 4 * MIB
+"""Small: while the kernel locks pages, whatever else in the process needs its memory map waits."""
 _POPULATE_NICE = 10
 _STOP_TCP_S = 1.0
 
