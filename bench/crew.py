@@ -41,7 +41,7 @@ class Crew(Protocol):
         """Store the working sets of so many clients. Raises CrewError."""
 
     def prepare(self, case: Case) -> float:
-        """Make the case ready; about how many nanoseconds an operation takes alone. Raises CrewError."""
+        """Make the case ready; about how many nanoseconds an operation takes. Raises CrewError."""
 
     def run(self, case: Case, window_s: float) -> list[Slice]:
         """Do the prepared case for this long, all clients at once; one slice for each. Raises CrewError."""
@@ -76,11 +76,10 @@ class ProcessCrew:
         return case.op in self._ops and case.clients <= self._clients
 
     def load(self, size: int, clients: int) -> None:
-        for link in self._links[:clients]:
-            self._ask([link], Load(size))
+        self._ask(self._links[:clients], Load(size))
 
     def prepare(self, case: Case) -> float:
-        answers = [self._ask([link], Prepare(case))[0] for link in self._links[: case.clients]]
+        answers = self._ask(self._links[: case.clients], Prepare(case))
         return max(answer.op_ns for answer in answers if isinstance(answer, Done))
 
     def run(self, case: Case, window_s: float) -> list[Slice]:

@@ -249,7 +249,10 @@ def _time(us: float) -> str:
 
 
 def _rate(rate: float) -> str:
-    return f"{rate / 1e6:.2f} M/s" if rate >= 1e6 else f"{rate / 1e3:.1f} k/s" if rate >= 1e3 else f"{rate:.0f} /s"
+    if rate < 1e3:
+        return f"{rate:.0f} /s"
+    number, unit = (rate / 1e3, "k/s") if rate < 1e6 else (rate / 1e6, "M/s")
+    return f"{number:.1f} {unit}" if number < 99.95 else f"{number:.0f} {unit}"
 
 
 def _throughput(bytes_per_s: float) -> str:
