@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,7 +90,7 @@ class Custody:
         self._link: FunctionLink | None = None
         self._lock = trio.Lock()
         self._ending = False
-        self._deaths: deque[float] = deque(maxlen=_MAX_DEATHS)
+        self._deaths: list[float] = []
 
     @property
     def held(self) -> HeldLease:
@@ -158,8 +157,9 @@ class Custody:
     async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionLink | None:
         """Another function on the same memory; None when the lease is over. Raises when none holds out."""
         while not self._ending:
-            self._deaths.append(trio.current_time())
-            if len(self._deaths) == _MAX_DEATHS and self._deaths[-1] - self._deaths[0] < _DEATHS_WINDOW_S:
+            now = trio.current_time()
+            self._deaths = [at for at in self._deaths if now - at < _DEATHS_WINDOW_S] + [now]
+            if len(self._deaths) >= _MAX_DEATHS:
                 raise LeaseLost(f"{_MAX_DEATHS} functions died within {_DEATHS_WINDOW_S:g} s")
             logger.warning("lease %s: its function died, starting another on the same memory", self.name)
             await trio.sleep(_RESTART_PAUSE_S * (len(self._deaths) - 1))
