@@ -76,6 +76,7 @@ class Agent:
         self._channel: rpc.Channel | None = None
         self._ready = False
         self._serving = True
+        self._stopping = False
         self._changed = trio.Event()
         self._reported: DonorReport | None = None
         self._failure: MemfaasError | None = None
@@ -129,6 +130,7 @@ class Agent:
             self._serving = False
 
     async def _give_all_back(self) -> None:
+        self._stopping = True
         logger.info("donor %s: stopping, gives back %d leases", self._name, len(self._custodies))
         for custody in self._custodies.values():
             await self._say(LeaseGone(lease=custody.spec.lease, reason=f"donor {self._name} was stopped"))
@@ -190,6 +192,8 @@ class Agent:
         return custody
 
     async def _grant(self, spec: LeaseSpec) -> Granted:
+        if self._stopping:
+            raise TransportError(f"donor {self._name} is stopping")
         if spec.lease in self._custodies:
             raise UsageError(f"lease {spec.lease.hex()[:8]} is held already")
         try:
