@@ -213,7 +213,7 @@ class Keeper:
             self._broker.ensure_open()
             if not _pause(round_, deadline):
                 raise trouble
-        self.fallback = opened.fallback
+        self.fallback = self.fallback if broken else opened.fallback
         self._dialled = 1
         self._install(opened.link)
         self._mended_at = time.monotonic()
