@@ -224,9 +224,7 @@ def challenge(hello: messages.Hello | messages.TicketHello, key: bytes) -> messa
     )
 
 
-def answer(
-    hello: messages.Hello | messages.TicketHello, reply: messages.Message, key: bytes
-) -> messages.Answer:
+def answer(hello: messages.Hello | messages.TicketHello, reply: messages.Message, key: bytes) -> messages.Answer:
     """The client's second step. AccessError when the server does not know the key."""
     if isinstance(reply, messages.Refused):
         raise from_code(reply.code, reply.text)
