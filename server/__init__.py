@@ -1,6 +1,7 @@
-"""What lends the memory: the broker, the donor agent, and the memory functions it starts.
+"""What lends the memory: the broker, the donor agents and their memory functions.
 
-The broker keeps the leases and knows the donors. A donor agent runs on each node that lends
-memory and starts one memory function for each lease. Nothing in here imports `memfaas.client`;
-what both sides need lives in `memfaas`.
+Nothing here is imported by clients; the two sides meet in `memfaas.messages` and on sockets. The
+broker's rules are in `tables`, and what goes around them in `broker`, `sessions`, `placement` and
+`status`. A donor's agent (`donor`, `custody`, `pool`, `home`, `memory`) keeps the memory of leases; a
+function (`zygote`, `function`, `serving`, `door`) serves one of them.
 """

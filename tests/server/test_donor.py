@@ -74,6 +74,20 @@ async def test_a_lease_is_served_over_both_fabrics_and_freed(served: Served, fol
         await eventually(lambda: has_all_back(served))
 
 
+async def test_memory_of_a_session_that_died_is_free_again(
+    folder: Path, short_waits: None, nursery: trio.Nursery
+) -> None:
+    served = await serve_broker(nursery, ttl=0.5)
+    async with donor_process(served, folder) as donor:
+        async with client(served.port) as ann:
+            shard = open_shard((await ann.open_store()).places[0])
+            shard.put(b"a", b"1")
+        await eventually(lambda: [path.name for path in donor.home.iterdir()] == ["lock"])
+        await eventually(lambda: has_all_back(served))
+        with pytest.raises(_native.LinkDown):
+            shard.get(b"a")
+
+
 async def test_memory_is_populated_in_the_background(served: Served, folder: Path) -> None:
     async with donor_process(served, folder), client(served.port) as ann:
         await ann.open_store(size=100 * MIB)
