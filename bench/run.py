@@ -21,14 +21,14 @@ from memfaas.bench.stats import fairness, quantile, thin
 SHARED_FACTOR = 3
 """A slice with several clients is this much longer: what each of them gets shows only over scheduler periods."""
 
-LEAST_OPS = 4
+LEAST_OPS = 3
 """Slices are stretched until about so many operations fit."""
 
 WANTED_ROUNDS = 8
 LEAST_ROUNDS = 3
 SHORTEST_SLICE_S = 0.01
 LONGEST_SLICE_S = 0.25
-LONGEST_STRETCH_S = 1.0
+LONGEST_STRETCH_S = 0.5
 MOST_SINGLES = 2000
 """Of one slice; a sample is kept."""
 
