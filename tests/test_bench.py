@@ -670,8 +670,8 @@ def test_the_report_shows_figures_failures_and_verdicts() -> None:
 
 @pytest.mark.slow
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
-    plot = pytest.importorskip("memfaas.bench.plot").plot
-    pytest.importorskip("matplotlib")
+    from memfaas.bench.plot import plot  # takes a second to import
+
     cells = [
         make_cell(name, [us * (1 + size / 1e4)], op=op, size=size, clients=clients)
         for name, us in (("memfaas shm", 1), ("LMDB", 2), ("C round trip", 3))
