@@ -32,10 +32,16 @@ _MADV_HUGEPAGE = 14
 
 def flatten(value: Value) -> tuple[memoryview, bytes, int]:
     """The bytes of a value, its meta and its flags. Raises UsageError for what has no bytes."""
-    numpy: Any = sys.modules.get("numpy")  # who has no arrays need not wait for its import
+    numpy = _imported_numpy()
     if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
         return _flatten_array(value)
     return view_bytes(value), b"", 0
+
+
+def _imported_numpy() -> Any:
+    """Who has no arrays need not wait for the import, nor does anybody have one while it is under way."""
+    numpy: Any = sys.modules.get("numpy")
+    return numpy if hasattr(numpy, "ndarray") and hasattr(numpy, "generic") else None
 
 
 def view_bytes(value: Any) -> memoryview:
@@ -60,7 +66,7 @@ def view_bytes(value: Any) -> memoryview:
 
 def view_writable(buffer: Value) -> memoryview:
     """The bytes of a buffer to fill. Raises UsageError when it can't be written, or has gaps."""
-    numpy: Any = sys.modules.get("numpy")
+    numpy = _imported_numpy()
     if numpy is not None and isinstance(buffer, numpy.ndarray):
         if not (buffer.flags.c_contiguous and buffer.flags.writeable) or buffer.dtype.hasobject:
             raise UsageError("the array to fill must be writable, C-contiguous, and not of Python objects")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import array
 import ctypes
 import mmap
+import sys
+import types
 from typing import Any
 
 import hypothesis.extra.numpy as hnp
@@ -106,6 +108,12 @@ def test_what_has_no_bytes_is_refused(value: Any, complaint: str) -> None:
 def test_any_buffer_gives_its_bytes(value: Any, expected: bytes) -> None:
     payload, meta, flags = codec.flatten(value)
     assert (bytes(payload), meta, flags) == (expected, b"", 0)
+
+
+def test_bytes_can_be_stored_while_another_thread_imports_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", types.ModuleType("numpy"))  # as it looks in the beginning
+    assert codec.flatten(b"abc") == (b"abc", b"", 0)
+    assert codec.view_writable(bytearray(3)) == bytes(3)
 
 
 def test_a_mapped_file_gives_its_bytes() -> None:
