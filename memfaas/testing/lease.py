@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from memfaas._native import (
     NEED_CONNECTION,
+    PART,
     LinkDown,
     Memory,
     RegionCore,
@@ -166,3 +167,17 @@ class BareLease:
         region = BareRegion(self.memory.size)
         region._set_link(link)
         return region
+
+
+def fill_and_empty(store: BareStore) -> None:
+    """A heap in which nothing is stored takes values of nearly all its size: nothing has leaked."""
+    part = store.part_size
+    value = os.urandom(part)
+    for i in range(7):  # of eight; the last one's room is for their heads
+        store._save(b"part-%d" % i, PART, value, b"", 0)
+    for i in range(7):
+        found = store._load(b"part-%d" % i, PART)
+        if found != (value, b"", 0):
+            raise AssertionError(f"part {i} is not what was stored")
+    for i in range(7):
+        store._remove(b"part-%d" % i, PART)

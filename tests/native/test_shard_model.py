@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from memfaas._native import FLAG_ARRAY, FLAG_MANIFEST, MAX_KEY, MAX_META, MIN_SHARD, PART, USER
 from memfaas.errors import KeyAbsent, StoreFull, UsageError, ValueTooLarge
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareLease, BareStore
+from memfaas.testing.lease import BareLease, BareStore, fill_and_empty
 
 KIB = 1024
 SPAN = 256 * KIB
@@ -239,19 +239,12 @@ class ShardMachine(RuleBasedStateMachine):
         with self.lease:
             for number, (space, key) in enumerate(list(self.model)):
                 assert self.stores["shm" if number % 2 else "tcp"]._remove(key, space)[0]
-            assert self.lease.memory.stats()["used"] == 0
-            fill_to_the_brim(self.lease, self.stores["tcp"])
+            assert_nothing_leaked(self.lease, self.stores["tcp"])
 
 
-def fill_to_the_brim(lease: BareLease, store: BareStore) -> None:
-    """A heap in which nothing is stored takes values of (nearly) all its size: nothing has leaked."""
-    part = lease.memory.part_size
-    for i in range(7):  # the eighth has no room for its head
-        store._save(b"part-%d" % i, PART, bytes_of(part, i), b"", 0)
-    for i in range(7):
-        assert store._load(b"part-%d" % i, PART) == (bytes_of(part, i), b"", 0)
-    for i in range(7):
-        store._remove(b"part-%d" % i, PART)
+def assert_nothing_leaked(lease: BareLease, store: BareStore) -> None:
+    assert lease.memory.stats()["used"] == 0
+    fill_and_empty(store)
     assert lease.memory.stats()["used"] == 0
     lease.hang_up()
     assert fsck.faults(lease.data_fd, lease.control_fd) == {}
@@ -327,7 +320,7 @@ class HeapMachine(RuleBasedStateMachine):
         with self.lease:
             for key in self.model:
                 assert self.store.delete(key)
-            fill_to_the_brim(self.lease, self.store)
+            assert_nothing_leaked(self.lease, self.store)
 
 
 quick = settings(
