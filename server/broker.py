@@ -206,7 +206,12 @@ class Broker:
         """
         excluded: set[str] = set()
         for more in reversed(range(_GRANT_ROUNDS)):
-            placement = await self._place(lambda rooms: self.placer.store(size, rooms), excluded)
+            try:
+                placement = await self._place(lambda rooms: self.placer.store(size, rooms), excluded)
+            except CapacityError:
+                if self.tables.find_store(tenant, request.name) is None:
+                    raise
+                break  # the room went to a store of this very name, which another session has begun
             self._check_open(session)
             if self.tables.find_store(tenant, request.name) is not None:
                 break
