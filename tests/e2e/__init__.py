@@ -1,0 +1,1 @@
+"""Whole clusters of real processes, and clients that notice nothing of what happens to them."""

@@ -1,0 +1,66 @@
+"""Looks at a local cluster from outside: which processes serve what, and what memory they hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from memfaas.client.local import LocalCluster, _processes_with
+
+LIMIT_S = 60.0
+"""For what a test waits for: far more than it takes, so that only a hang is a failure."""
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def processes_of(cluster: LocalCluster) -> list[int]:
+    return _processes_with(f"MEMFAAS_LOCAL_CLUSTER={cluster._token}")
+
+
+def functions_of(cluster: LocalCluster) -> dict[str, int]:
+    """The memory functions that serve a lease: process ids by the first 8 digits of the lease."""
+    found = {}
+    for pid in processes_of(cluster):
+        try:
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+        except OSError:  # it has ended meanwhile
+            continue
+        if name.startswith("mf-"):
+            found[name.removeprefix("mf-")] = pid
+    return found
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+class Backing(NamedTuple):
+    """A lease's data memory, as the kernel knows it."""
+
+    path: Path
+    """Opens it, for as long as the process lives that it was found in."""
+    inode: int
+    bytes: int
+    """Backed by pages."""
+
+
+def backing_of(pid: int) -> Backing:
+    """The data memory that a memory function serves."""
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        target = os.readlink(path)
+        if target.startswith("/memfd:memfaas:") and ":control" not in target:
+            status = path.stat()
+            return Backing(path, status.st_ino, status.st_blocks * 512)
+    raise AssertionError(f"process {pid} has no memory of a lease")
