@@ -33,7 +33,7 @@ struct mf_pool *mf_pool_new(int64_t timeout_ns) {
 }
 
 int mf_pool_add(struct mf_pool *pool, int fd) {
-    struct pooled *one = malloc(sizeof *one);
+    struct pooled *one = aligned_alloc(64, sizeof *one);
     if (!one)
         return ENOMEM;
     mf_stream_open(&one->stream, fd, pool->timeout);

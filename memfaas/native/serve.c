@@ -213,12 +213,12 @@ static bool serve_put(struct connection *connection, const struct mf_request *re
         status = put_inline(&op, stream, request, &replaced);
         stream->at += whole;
     } else {
-        uint8_t *aside = malloc(head + MF_SPAN); /* the buffer is used again for the value */
+        uint8_t *aside = aligned_alloc(64, MF_SPAN + MF_BUFFER); /* the buffer is used again for the value */
         if (!aside || !mf_stream_flush(stream))
             return free(aside), false;
-        memcpy(aside, stream->in + stream->at, head);
+        memcpy(aside + MF_SPAN, stream->in + stream->at, head);
         stream->at += head;
-        good = put_chunked(&op, stream, request, aside, aside + head, &replaced, &status);
+        good = put_chunked(&op, stream, request, aside + MF_SPAN, aside, &replaced, &status);
         if (!good)
             mf_put_abort(&op);
         free(aside);
@@ -416,7 +416,7 @@ struct mf_server *mf_server_new(struct mf_memory *memory) {
 }
 
 int mf_server_serve(struct mf_server *server, int fd) {
-    struct connection *connection = malloc(sizeof *connection);
+    struct connection *connection = aligned_alloc(64, sizeof *connection);
     if (!connection)
         return ENOMEM;
     connection->server = server;

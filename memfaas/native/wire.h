@@ -51,8 +51,9 @@ struct mf_stream {
     uint64_t id; /* client: names the connection to the function, with the number of its last change */
     uint32_t number;
     size_t at, have, pending;
-    uint8_t in[MF_BUFFER];
-    uint8_t out[MF_BUFFER];
+    /* Aligned: into an address that is 16 mod 64, as malloc gives, some CPUs copy at a third of the speed. */
+    uint8_t in[MF_BUFFER] __attribute__((aligned(64)));
+    uint8_t out[MF_BUFFER] __attribute__((aligned(64)));
 };
 void mf_stream_open(struct mf_stream *stream, int fd, int64_t timeout_ns);
 bool mf_stream_send(struct mf_stream *stream, const struct iovec *pieces, size_t count); /* after flushing */
