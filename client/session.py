@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar, get_args
 
 from memfaas import auth, messages
 from memfaas.client.control import Control, Holdings
@@ -19,7 +19,7 @@ from memfaas.client.loop import ControlLoop
 from memfaas.client.region import Region
 from memfaas.client.store import Store
 from memfaas.config import ClientSettings, load_settings
-from memfaas.errors import ClosedError, MemfaasError
+from memfaas.errors import ClosedError, MemfaasError, UsageError
 from memfaas.units import parse_size
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class Session:
         Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when shm is pinned and the
         store is on other nodes; BrokerUnavailable, DeadlineExceeded.
         """
+        _check_choice("compression", compression, messages.Compression)
+        _check_choice("on_reclaim", on_reclaim, messages.OnReclaim)
         request = messages.OpenStore(
             name=name,
             size=None if size is None else parse_size(size),
@@ -348,3 +350,9 @@ def _close_all() -> None:
 
 os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_close_all)
+
+
+def _check_choice(option: str, given: object, choices: object) -> None:
+    allowed = get_args(choices)
+    if given not in allowed:
+        raise UsageError(f"{option}={given!r}: expected one of {', '.join(map(repr, allowed))}")

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--socket", type=int, required=True)
     agent = socket.socket(fileno=parser.parse_args().socket)
     logging.raiseExceptions = False  # the terminal or pipe that we log to may go away before us
-    logging.basicConfig(format="%(asctime)s %(levelname)s function %(process)d: %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s function %(process)d: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps functions; the agent watches them
     gc.collect()
     gc.freeze()  # a collection in a child would write to pages that all share

@@ -162,6 +162,8 @@ def test_compression_is_the_creators_choice(cluster: LocalCluster, session: Sess
     ("call", "error"),
     [
         (lambda session: session.store("none"), UnknownStore),
+        (lambda session: session.store("odd", size="4MiB", compression="zip"), UsageError),
+        (lambda session: session.store("odd", size="4MiB", on_reclaim="keep"), UsageError),
         (lambda session: session.delete_store("none"), UnknownStore),
         (lambda session: session.store("s", size="much"), UsageError),
         (lambda session: session.store("", size="8MiB"), UsageError),
