@@ -40,9 +40,11 @@ static bool in_heap(struct mf_memory *memory, uint64_t offset, uint64_t length) 
     return offset >= memory->at.heap && length <= end && offset <= end - length;
 }
 
-/* The block's header as it is in the heap, or NULL for a slot that makes no sense. */
+/* The block's header as it is in the heap, or NULL for an offset that makes no sense: the reaper's come
+ * from the control memory, and may be any number. */
 static const struct mf_block *block_at(struct mf_memory *memory, uint64_t offset) {
-    return in_heap(memory, offset, sizeof(struct mf_block)) ? (const struct mf_block *)(memory->data + offset) : NULL;
+    bool sense = offset % MF_GRAIN == 0 && in_heap(memory, offset, sizeof(struct mf_block));
+    return sense ? (const struct mf_block *)(memory->data + offset) : NULL;
 }
 
 static const struct mf_block *matches(struct mf_op *op, uint64_t slot, const void *key, uint32_t key_len) {
@@ -353,7 +355,8 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
                             .chunks = op->chunks,
                             .class_ = op->head_class};
     memcpy(at + sizeof head, key, op->key_len);
-    memcpy(at + sizeof head + op->key_len, meta, op->meta_len);
+    if (op->meta_len) /* memcpy takes no NULL, even of no bytes */
+        memcpy(at + sizeof head + op->key_len, meta, op->meta_len);
     if (op->chunks) {
         uint8_t *sums = memory->data + ALIGN8(op->head + sizeof head + op->key_len + op->meta_len);
         uint8_t *table = sums + op->segments * sizeof *op->sums;

@@ -86,7 +86,8 @@ bool mf_stream_send(struct mf_stream *stream, const struct iovec *pieces, size_t
     size_t n = 0;
     if (stream->pending)
         all[n++] = (struct iovec){stream->out, stream->pending};
-    memcpy(all + n, pieces, count * sizeof *pieces);
+    if (count) /* memcpy takes no NULL, even of no bytes */
+        memcpy(all + n, pieces, count * sizeof *pieces);
     stream->pending = 0;
     return send_all(stream, all, n + count);
 }
@@ -98,7 +99,8 @@ bool mf_stream_queue(struct mf_stream *stream, const void *data, size_t length) 
         return false;
     if (length > MF_BUFFER)
         return mf_stream_send(stream, &(struct iovec){(void *)data, length}, 1);
-    memcpy(stream->out + stream->pending, data, length);
+    if (length) /* memcpy takes no NULL, even of no bytes */
+        memcpy(stream->out + stream->pending, data, length);
     stream->pending += length;
     return true;
 }
