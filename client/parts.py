@@ -22,7 +22,7 @@ import msgpack
 from memfaas._native import FLAG_LZ4, FLAG_MANIFEST, PART, USER
 from memfaas.client.compress import expand
 from memfaas.client.keeper import check_may_wait
-from memfaas.errors import DeadlineExceeded, MemfaasError, StoreFull, ValueCorrupt
+from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, StoreFull, ValueCorrupt
 
 if TYPE_CHECKING:
     from memfaas._native import StoreCore
@@ -207,19 +207,30 @@ class Parts:
     # --- removing -----------------------------------------------------------------------------------
 
     def remove(self, manifest: Manifest) -> None:
-        """Gives the parts' memory back. What can't be removed now is left to the sweep."""
+        """Gives the parts' memory back. What can't be removed now is left to the sweep.
+
+        A shard that is lost does not keep the parts in the others, which no sweep could tell from needed ones.
+        """
         indices = [index for index, _, _ in manifest.pieces()]
         extra = [_META] * bool(manifest.meta_length) + [_SIGN] * manifest.signed
+        lost: set[int] = set()
         try:
             for index in indices + extra:
-                self._remove_part(manifest.id, index)
+                self._remove_part(manifest.id, index, lost)
         except MemfaasError as error:
             log.info("parts of a replaced or abandoned value stay for now: %s", error)
 
-    def _remove_part(self, identity: bytes, index: int) -> None:
+    def _remove_part(self, identity: bytes, index: int, lost: set[int]) -> None:
+        """`lost`: shards not to look in again; those that are found lost are added."""
         for part_key in self._keys(identity, index):
-            if self._core._remove(part_key, PART)[0]:
-                return
+            shard = self._core._shard_of(part_key, PART)
+            if shard in lost:
+                continue
+            try:
+                if self._core._remove(part_key, PART)[0]:
+                    return
+            except LeaseLost:
+                lost.add(shard)
 
     def make_room(self, sparing: bytes = b"") -> bool:
         """Sweeps. Whether memory came free."""
