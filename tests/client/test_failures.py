@@ -54,7 +54,10 @@ def functions_of(cluster: LocalCluster) -> set[int]:
 
 def kill_functions(cluster: LocalCluster) -> None:
     for pid in functions_of(cluster):
-        os.kill(pid, signal.SIGKILL)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # an idle one, that ended with its agent
+            pass
 
 
 @pytest.fixture
