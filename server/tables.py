@@ -29,8 +29,9 @@ import msgspec
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore, UsageError
 from memfaas.messages import Endpoint, HeldLease, Kind, LeaseSpec, Memory, StoreSpec
 
-DONOR_GRACE_S = 60.0
-"""How long a donor may be away (its agent is killed, its node cut off) before its leases are lost."""
+DONOR_GRACE_S = 300.0
+"""How long a donor may be away (its agent is killed, its node cut off) before its leases are lost: as long
+as memory functions wait for a new agent (`ORPHAN_LIFE_S`), so that none is given up while it serves."""
 REMEMBER_S = 86_400.0
 """How long the leases that are over are remembered for a donor that does not come back."""
 NOWHERE = Endpoint(node="", unix_path="", host="", port=0)
