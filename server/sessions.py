@@ -121,7 +121,7 @@ class SessionPeer:
     async def _create(self, message: OpenStore) -> Store | None:
         size = message.size
         if size is None:
-            raise UnknownStore(f"there is no store {message.name!r}, and no size was given to create it")
+            raise UnknownStore(f"there is no store {message.name!r}; one is made when it is opened with a size")
         return await self._broker.detached(
             lambda: self._broker.create_store(self._session, self._tenant, message, size)
         )
