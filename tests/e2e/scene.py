@@ -28,14 +28,22 @@ def processes_of(cluster: LocalCluster) -> list[int]:
 
 def functions_of(cluster: LocalCluster) -> dict[str, int]:
     """The memory functions that serve a lease: process ids by the first 8 digits of the lease."""
+    prefix = "mf-"
+    return {name.removeprefix(prefix): pid for pid, name in _names_of(cluster).items() if name.startswith(prefix)}
+
+
+def idle_functions_of(cluster: LocalCluster) -> int:
+    """How many memory functions wait for a lease."""
+    return list(_names_of(cluster).values()).count("memfaas-idle")
+
+
+def _names_of(cluster: LocalCluster) -> dict[int, str]:
     found = {}
     for pid in processes_of(cluster):
         try:
-            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            found[pid] = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:  # it has ended meanwhile
-            continue
-        if name.startswith("mf-"):
-            found[name.removeprefix("mf-")] = pid
+            pass
     return found
 
 
@@ -56,11 +64,18 @@ class Backing(NamedTuple):
     """Backed by pages."""
 
 
-def backing_of(pid: int) -> Backing:
-    """The data memory that a memory function serves."""
+def memory_of(pid: int) -> tuple[Path, Path]:
+    """Data and control memory that a memory function serves, as files to open while it lives."""
+    found: dict[bool, Path] = {}
     for path in Path(f"/proc/{pid}/fd").iterdir():
         target = os.readlink(path)
-        if target.startswith("/memfd:memfaas:") and ":control" not in target:
-            status = path.stat()
-            return Backing(path, status.st_ino, status.st_blocks * 512)
-    raise AssertionError(f"process {pid} has no memory of a lease")
+        if target.startswith("/memfd:memfaas:"):
+            found[":control" in target] = path
+    return found[False], found[True]
+
+
+def backing_of(pid: int) -> Backing:
+    """The data memory that a memory function serves."""
+    path, _ = memory_of(pid)
+    status = path.stat()
+    return Backing(path, status.st_ino, status.st_blocks * 512)
