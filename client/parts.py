@@ -169,7 +169,8 @@ class Parts:
             except StoreFull as error:
                 full = error
         raise StoreFull(
-            f"key {_shown(key)}: no shard of the store has room for a part of {len(part)} bytes; delete keys, or make a larger store"
+            f"key {_shown(key)}: no shard of the store has room for a part of {len(part)} bytes; "
+            "delete keys, or make a larger store"
         ) from full
 
     # --- reading ------------------------------------------------------------------------------------

@@ -147,7 +147,9 @@ class Function:
         """Tells the agent what changed, and a new agent everything."""
         told: tuple[rpc.Channel, FunctionReport] | None = None
         while True:
-            with trio.move_on_after(_TCP_CHECK_S if served.has_tcp_links() else math.inf):
+            # What was told last counts too: its connections may all have ended meanwhile.
+            told_tcp = told is not None and "tcp" in told[1].links
+            with trio.move_on_after(_TCP_CHECK_S if told_tcp or served.has_tcp_links() else math.inf):
                 await self._changed.wait()
             self._changed = trio.Event()
             report = served.report()
