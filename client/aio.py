@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import trio
 
 from memfaas import messages
-from memfaas._native import USER, ShmLink
+from memfaas._native import USER, ShmLink, as_key
 from memfaas.client.keeper import WouldBlock, no_waiting
 from memfaas.client.session import Session, connect
 from memfaas.errors import UsageError
@@ -55,10 +55,14 @@ async def _inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
             result = function(*args, **kwargs)
     except WouldBlock:
         return await _in_thread(function, *args, **kwargs)
+    await _finish(postponed)
+    return result
+
+
+async def _finish(postponed: list[Callable[[], None]]) -> None:
     for work in postponed:
         await _in_thread(work)
     await trio.lowlevel.checkpoint()
-    return result
 
 
 def _size(value: Any) -> int:
@@ -135,17 +139,19 @@ class AsyncStore:
         return self._store.name
 
     def _is_near(self, key: str | bytes) -> bool:
-        name = key.encode() if isinstance(key, str) else key
-        return isinstance(self._store._get_link(self._store._shard_of(name, USER)), ShmLink)
+        return isinstance(self._store._get_link(self._store._shard_of(as_key(key), USER)), ShmLink)
 
     async def get(self, key: str | bytes) -> bytes:
         if not self._is_near(key):
             return await _in_thread(self._store.get, key)
         try:
-            length = await _inline(self._store.get_into, key, self._scratch)
-        except UsageError:  # larger than the scratch buffer, which nothing was written to
+            with no_waiting() as postponed:  # and without a checkpoint: the scratch buffer is all tasks'
+                length = self._store.get_into(key, self._scratch)
+                value = bytes(memoryview(self._scratch)[:length])
+        except (WouldBlock, UsageError):  # a value larger than the scratch buffer, which nothing was written to
             return await _in_thread(self._store.get, key)
-        return bytes(memoryview(self._scratch)[:length])
+        await _finish(postponed)
+        return value
 
     async def get_into(self, key: str | bytes, buffer: Value) -> int:
         run = _inline if self._is_near(key) and _size(buffer) <= INLINE_BYTES else _in_thread

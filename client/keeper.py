@@ -196,6 +196,7 @@ class Keeper:
         broken = reason == BROKEN and isinstance(self._current(), TcpLink)
         choice: fabric.Choice = "tcp" if broken else self._broker.fabric
         ask = reason == REVOKED or attempt > 1 or self.gone is not None or self._ticket_is_old()
+        telling: MemfaasError | None = None
         for round_ in itertools.count(1):
             trouble: MemfaasError | None = self._ask_broker(deadline) if ask else None
             try:
@@ -211,8 +212,10 @@ class Keeper:
             ask = True
             log.info("%s: %s; trying again", self._what, trouble)
             self._broker.ensure_open()
+            if telling is None or not isinstance(trouble, DeadlineExceeded):
+                telling = trouble  # that the time is over says less than what took it
             if not _pause(round_, deadline):
-                raise trouble
+                raise telling
         self.fallback = self.fallback if broken else opened.fallback
         self._dialled = 1
         self._install(opened.link)

@@ -14,7 +14,6 @@ from memfaas._native import (
     FLAG_LZ4,
     FLAG_MANIFEST,
     FROZEN,
-    MAX_KEY,
     MAX_META,
     NEED_CONNECTION,
     REVOKED,
@@ -22,6 +21,7 @@ from memfaas._native import (
     USER,
     LinkDown,
     StoreCore,
+    as_key,
     part_size,
 )
 from memfaas.client import codec
@@ -119,7 +119,7 @@ class Store(StoreCore):
         """
         import numpy as np
 
-        name = _key(key)
+        name = as_key(key)
         found = self._resolve(name, self._entry(name), codec.fresh_memory)
         if found.whole:
             flat = np.asarray(found.value)
@@ -137,7 +137,7 @@ class Store(StoreCore):
         Needs memory for one part (16 MiB at most), however large the value is. A part that takes more
         than a minute to arrive is DeadlineExceeded.
         """
-        name = _key(key)
+        name = as_key(key)
         buffer = memoryview(bytearray(self.part_size))
         first = _read_full(file, buffer)
         if first < len(buffer):
@@ -164,7 +164,7 @@ class Store(StoreCore):
 
         When a large value is replaced meanwhile, parts of it may be written already: ValueLost.
         """
-        name = _key(key)
+        name = as_key(key)
         entry = self._entry(name)
         if not entry.flags & FLAG_MANIFEST:
             return _write_full(file, expand(entry.value) if entry.flags & FLAG_LZ4 else entry.value)
@@ -182,7 +182,7 @@ class Store(StoreCore):
 
         Keys that are put or deleted meanwhile may be listed or not. LeaseLost when a shard is lost.
         """
-        start = prefix.encode() if isinstance(prefix, str) else bytes(prefix)
+        start = as_key(prefix)
         return list(
             dict.fromkeys(
                 key
@@ -398,10 +398,3 @@ def _write_full(file: BinaryIO, data: Buffer) -> int:
     while written < len(view):
         written += file.write(view[written:]) or 0
     return written
-
-
-def _key(key: str | bytes) -> bytes:
-    name = key.encode() if isinstance(key, str) else bytes(key)
-    if len(name) > MAX_KEY:
-        raise ValueTooLarge(f"a key has at most {MAX_KEY} bytes, not {len(name)}")
-    return name

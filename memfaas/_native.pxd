@@ -107,15 +107,19 @@ cdef extern from "wire.h" nogil:
     int mf_link_get(mf_link *link, bint patient, uint8_t space, const void *key, uint32_t key_len, mf_got *got)
     int mf_link_take(mf_link *link, mf_got *got, void *into, void *meta)
     void mf_link_leave(mf_link *link, mf_got *got)
-    int mf_link_has(mf_link *link, const void *key, uint32_t key_len)
+    int mf_link_has(mf_link *link, bint patient, const void *key, uint32_t key_len)
     int mf_link_put(mf_link *link, bint patient, mf_putting *put)
-    int mf_link_delete(mf_link *link, mf_putting *put)
+    int mf_link_delete(mf_link *link, bint patient, mf_putting *put)
     int mf_link_scan(mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length)
     int mf_link_stats(mf_link *link, mf_stats_t *out)
     int mf_link_region(mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
                        uint64_t c, uint64_t *before)
     mf_stream *mf_link_stream(mf_link *link)
 
+
+cdef struct attempts_t:
+    # Of one operation.
+    int repairs, corrupt
 
 cdef struct found_t:
     # What came with a value.

@@ -51,7 +51,8 @@ def format_memory(
 ) -> None:
     """Writes the first page and the control structures into fresh (zero) memory of the right size."""
 
-def fork_generation() -> int: ...
+def as_key(key: str | bytes) -> bytes:
+    """As it is stored. UsageError when it is neither str nor bytes, ValueTooLarge."""
 
 @final
 class Memory:

@@ -77,10 +77,6 @@ def format_memory(int data_fd, int control_fd, *, kind, uint64_t size, bytes lea
         raise OSError(error, os.strerror(error))
 
 
-def fork_generation():
-    return mf_fork_generation()
-
-
 # --- the owner's side -----------------------------------------------------------------------------
 
 
@@ -305,6 +301,13 @@ cdef int key_bytes(object key, const char **data, Py_ssize_t *length) except -1:
     return 0
 
 
+def as_key(key):
+    cdef const char *data
+    cdef Py_ssize_t length
+    key_bytes(key, &data, &length)
+    return PyBytes_FromStringAndSize(data, length)
+
+
 def shown(key):
     text = repr(key)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(key)} long)"
@@ -353,7 +356,7 @@ cdef class StoreCore:
                 best = i
         return best
 
-    cdef int mend(self, Py_ssize_t shard, int status, int attempt, object key) except -1:
+    cdef int mend(self, Py_ssize_t shard, int status, attempts_t *attempts, object key) except -1:
         """The operation did not succeed: raise, or make a further attempt sensible."""
         if status == MF_FULL:
             raise StoreFull(f"key {shown(key)}: its shard has no room; delete keys, or make the store larger")
@@ -361,13 +364,15 @@ cdef class StoreCore:
             raise ValueTooLarge(f"key {shown(key)}: the value is larger than the shard takes")
         if status == MF_TIMEOUT:
             raise DeadlineExceeded(f"key {shown(key)}: the shard did not answer in time")
-        if status == MF_CORRUPT:
-            if attempt >= 3:
-                raise ValueCorrupt(f"key {shown(key)}: the stored bytes do not match their checksum; put it again")
-        elif status == MF_BAD:
+        if status == MF_BAD:
             raise ProtocolError(f"key {shown(key)}: the memory function refused the request")
+        if status == MF_CORRUPT:
+            attempts.corrupt += 1
+            if attempts.corrupt == 3:
+                raise ValueCorrupt(f"key {shown(key)}: the stored bytes do not match their checksum; put it again")
         else:
-            self._repair(shard, status, attempt)
+            attempts.repairs += 1
+            self._repair(shard, status, attempts.repairs)
         return 0
 
     # Rare paths: the subclass's.
@@ -395,7 +400,8 @@ cdef class StoreCore:
         cdef bytes value
         cdef char *into
         cdef Py_ssize_t shard = self.pick(k, n, space)
-        cdef int status, attempt = 0
+        cdef int status
+        cdef attempts_t attempts = attempts_t(0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
@@ -421,8 +427,7 @@ cdef class StoreCore:
                     mf_link_leave(&link.link, &got)
             if status == MF_ABSENT:
                 return None
-            attempt += 1
-            self.mend(shard, status, attempt, key)
+            self.mend(shard, status, &attempts, key)
 
     def get(self, key):
         cdef const char *k
@@ -447,31 +452,37 @@ cdef class StoreCore:
         cdef mf_got got
         cdef Link link
         cdef Py_ssize_t length = 0, shard = self.pick(k, n, space)
-        cdef int status, attempt = 0
+        cdef int status
+        cdef attempts_t attempts = attempts_t(0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
             if link is not None:
-                with nogil:
-                    status = mf_link_get(&link.link, True, space, k, n, &got)
-                    if status == MF_OK:
-                        length = got.value_len
-                        found.flags = got.flags
-                        found.meta_len = got.meta_len
-                        if not got.flags & refuse:
-                            if length > view.len:
-                                status = MF_SMALL_BUFFER
-                            else:
-                                status = mf_link_take(&link.link, &got, view.buf, found.meta)
-                    mf_link_leave(&link.link, &got)
+                status = mf_link_get(&link.link, False, space, k, n, &got)
+                if status == MF_WAIT:
+                    with nogil:
+                        status = mf_link_get(&link.link, True, space, k, n, &got)
+                if status == MF_OK:
+                    length = got.value_len
+                    found.flags = got.flags
+                    found.meta_len = got.meta_len
+                    if got.flags & refuse:
+                        pass
+                    elif length > view.len:
+                        status = MF_SMALL_BUFFER
+                    elif length <= KEEP_GIL and link.link.mapped:
+                        status = mf_link_take(&link.link, &got, view.buf, found.meta)
+                    else:
+                        with nogil:
+                            status = mf_link_take(&link.link, &got, view.buf, found.meta)
+                mf_link_leave(&link.link, &got)
             if status == MF_OK:
                 return length
             if status == MF_ABSENT:
                 return -1
             if status == MF_SMALL_BUFFER:
                 raise UsageError(f"key {shown(key)}: the value has {length} bytes, the buffer only {view.len}")
-            attempt += 1
-            self.mend(shard, status, attempt, key)
+            self.mend(shard, status, &attempts, key)
 
     def get_into(self, key, buffer):
         cdef const char *k
@@ -505,19 +516,21 @@ cdef class StoreCore:
         cdef const char *k
         cdef Py_ssize_t n, shard
         cdef Link link
-        cdef int status, attempt = 0
+        cdef int status
+        cdef attempts_t attempts = attempts_t(0, 0)
         key_bytes(key, &k, &n)
         shard = self.pick(k, n, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
             if link is not None:
-                with nogil:
-                    status = mf_link_has(&link.link, k, n)
+                status = mf_link_has(&link.link, False, k, n)
+                if status == MF_WAIT:
+                    with nogil:
+                        status = mf_link_has(&link.link, True, k, n)
             if status == MF_OK or status == MF_ABSENT:
                 return status == MF_OK
-            attempt += 1
-            self.mend(shard, status, attempt, key)
+            self.mend(shard, status, &attempts, key)
 
     # --- put and delete
 
@@ -525,24 +538,26 @@ cdef class StoreCore:
         """Whether something was there (delete), in any case what manifest it was (put.replaced)."""
         cdef Link link
         cdef Py_ssize_t shard = self.pick(<const char *>put.key, put.key_len, put.space)
-        cdef int status, attempt = 0
+        cdef int status
+        cdef attempts_t attempts = attempts_t(0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
             if link is not None:
                 status = MF_WAIT
-                if not delete and put.value_len <= KEEP_GIL:
+                if delete:
+                    status = mf_link_delete(&link.link, False, put)
+                elif put.value_len <= KEEP_GIL:
                     status = mf_link_put(&link.link, False, put)
                 if status == MF_WAIT or status == MF_FULL:
                     with nogil:
                         if delete:
-                            status = mf_link_delete(&link.link, put)
+                            status = mf_link_delete(&link.link, True, put)
                         else:
                             status = mf_link_put(&link.link, True, put)
             if status == MF_OK or status == MF_ABSENT:
                 return status == MF_OK
-            attempt += 1
-            self.mend(shard, status, attempt, key)
+            self.mend(shard, status, &attempts, key)
 
     def put(self, key, value):
         cdef const char *k
@@ -704,7 +719,7 @@ cdef class StoreCore:
         cdef mf_request request
         cdef mf_pull pull
         cdef mf_putting put
-        cdef mf_change changes[32]
+        cdef mf_change changes[MF_WINDOW_COUNT]
         cdef Py_buffer view
         cdef mf_stream *stream
         cdef Link link
@@ -768,7 +783,8 @@ cdef class StoreCore:
         cdef bytes out = PyBytes_FromStringAndSize(NULL, room)
         cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(out)
         cdef uint64_t next_
-        cdef int status, attempt = 0
+        cdef int status
+        cdef attempts_t attempts = attempts_t(0, 0)
         if not 0 <= shard < len(self.links):
             raise IndexError(shard)
         while True:
@@ -780,8 +796,7 @@ cdef class StoreCore:
                     status = mf_link_scan(&link.link, space, &next_, data, room, &length)
             if status == MF_OK:
                 return next_, records(data, length)
-            attempt += 1
-            self.mend(shard, status, attempt, b"")
+            self.mend(shard, status, &attempts, b"")
 
 
 cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_buffer *view) noexcept nogil:

@@ -90,7 +90,6 @@ void mf_pool_free(struct mf_pool *pool) {
 }
 
 uint32_t mf_pool_generation(struct mf_pool *pool) { return pool->generation; }
-int64_t mf_pool_timeout(struct mf_pool *pool) { return pool->timeout; }
 
 /* A stream that broke in the middle of a frame can't be used again. */
 static int fail(struct mf_stream *stream) {

@@ -230,7 +230,6 @@ static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
     return block ? block : search(op, 0, class_, pending);
 }
 
-#define LARGER 3u /* classes that a block may be too large by, when its own has none */
 #define WAIT_FOR_LIMBO_NS 1000000000ll
 #define SHORTEST_NAP_NS 200000ll
 #define LONGEST_NAP_NS 20000000ll
@@ -245,7 +244,7 @@ static bool sweep(struct mf_op *op, unsigned wanted, bool *pending) {
         unsigned class_ = class_in(span);
         if (!class_)
             continue;
-        bool fits = class_ >= wanted && class_ <= wanted + LARGER;
+        bool fits = class_ >= wanted;
         if (!mf_span_hold(memory, index)) {
             *pending = *pending || (fits && !holds(op, index));
             continue;
@@ -267,17 +266,17 @@ uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
     for (int64_t nap = SHORTEST_NAP_NS;; nap = nap < LONGEST_NAP_NS ? 2 * nap : nap) {
         bool pending = false;
         uint64_t block = alloc_once(op, class_, &pending);
-        if (block)
-            return block;
+        if (block || op->timeout == 0)
+            return block; /* an impatient operation leaves the search of all spans to a patient one */
         advance_past_own_pin(op);
         pending = false;
         if (sweep(op, class_, &pending) && (block = alloc_once(op, class_, &pending)))
             return block;
-        /* No span of its own: then a block of a somewhat larger class. */
-        for (unsigned larger = class_ + 1; larger <= class_ + LARGER && larger < classes; larger++)
+        /* No span of its own: then a block that is larger than it need be. */
+        for (unsigned larger = class_ + 1; larger < classes; larger++)
             if ((block = alloc_once(op, larger, &pending)))
                 return block;
-        if (!pending || op->timeout == 0)
+        if (!pending)
             return 0;
         int64_t now = mf_now();
         if (until == 0)

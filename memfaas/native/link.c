@@ -79,17 +79,19 @@ void mf_link_leave(struct mf_link *link, struct mf_got *got) {
     give(link, got->stream);
 }
 
-int mf_link_has(struct mf_link *link, const void *key, uint32_t key_len) {
+int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t key_len) {
     int status = usable(link);
     if (status != MF_OK)
         return status;
     if (link->mapped) {
         struct mf_op op;
-        mf_op_begin(&op, &link->memory, link->timeout);
+        mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         status = mf_get(&op, key, key_len);
         mf_op_end(&op);
         return status;
     }
+    if (!patient)
+        return MF_WAIT;
     struct mf_stream *stream;
     struct mf_pull pull;
     status = ask(link, (struct mf_request){.verb = MF_GET, .flags = MF_HEAD_ONLY, .key_len = key_len}, key, NULL,
@@ -150,19 +152,21 @@ int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put) {
     return change(link, request, put);
 }
 
-int mf_link_delete(struct mf_link *link, struct mf_putting *put) {
+int mf_link_delete(struct mf_link *link, bool patient, struct mf_putting *put) {
     int status = usable(link);
     put->replaced.length = 0;
     if (status != MF_OK)
         return status;
     if (link->mapped) {
         struct mf_op op;
-        mf_op_begin(&op, &link->memory, link->timeout);
+        mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         op.space = put->space;
         status = mf_delete(&op, put->key, put->key_len, &put->replaced);
         mf_op_end(&op);
         return status;
     }
+    if (!patient)
+        return MF_WAIT;
     return change(link, (struct mf_request){.verb = MF_DELETE, .space = put->space, .key_len = put->key_len}, put);
 }
 

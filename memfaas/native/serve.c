@@ -173,12 +173,31 @@ static bool receive_spans(struct mf_op *op, struct mf_stream *stream) {
     return true;
 }
 
+/* No whole spans are left. In smaller pieces it may still fit, but those share their spans with others:
+ * all of the value has to be here before they are taken. */
+static bool put_scattered(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
+                          const uint8_t *key, struct mf_replaced *replaced, int *status) {
+    uint8_t *value = malloc(request->value_len);
+    if (!value)
+        return mf_stream_skip(stream, request->value_len);
+    mf_unpin(op);
+    bool good = mf_stream_read(stream, value, request->value_len);
+    op->deadline = 0; /* the peer's time is not ours */
+    if (good)
+        *status = mf_put(op, key, request->key_len, key + request->key_len, request->meta_len, value,
+                         request->value_len, request->flags, replaced);
+    free(value);
+    return good;
+}
+
 /* A large value goes from the socket to where it will lie, as far as that is whole spans: these we may
  * hold while the peer takes its time. The rest waits in `tail`. False: the stream broke. */
 static bool put_chunked(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
                         const uint8_t *key, uint8_t *tail, struct mf_replaced *replaced, int *status) {
     *status = mf_put_reserve_spans(op, request->key_len, request->meta_len, request->value_len);
-    if (*status != MF_OK) /* also when no whole spans are left: a fragmented heap takes no large values over tcp */
+    if (*status == MF_FULL)
+        return put_scattered(op, stream, request, key, replaced, status);
+    if (*status != MF_OK)
         return mf_stream_skip(stream, request->value_len);
     mf_unpin(op);
     const uint32_t spans = op->pieces;

@@ -84,7 +84,6 @@ void mf_pool_give(struct mf_pool *pool, struct mf_stream *stream); /* a broken o
 void mf_pool_close(struct mf_pool *pool);
 void mf_pool_free(struct mf_pool *pool);
 uint32_t mf_pool_generation(struct mf_pool *pool);
-int64_t mf_pool_timeout(struct mf_pool *pool);
 
 struct mf_pull { /* a reply whose value is still in the stream */
     struct mf_reply reply;
@@ -127,7 +126,7 @@ int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *k
                 struct mf_got *got);
 int mf_link_take(struct mf_link *link, struct mf_got *got, void *into, void *meta);
 void mf_link_leave(struct mf_link *link, struct mf_got *got);
-int mf_link_has(struct mf_link *link, const void *key, uint32_t key_len);
+int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t key_len);
 
 struct mf_putting {
     uint8_t space, flags;
@@ -138,7 +137,7 @@ struct mf_putting {
     struct mf_replaced replaced;
 };
 int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put);
-int mf_link_delete(struct mf_link *link, struct mf_putting *put);
+int mf_link_delete(struct mf_link *link, bool patient, struct mf_putting *put);
 int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length);
 int mf_link_stats(struct mf_link *link, struct mf_stats *out);
 int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,

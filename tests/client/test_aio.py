@@ -135,3 +135,17 @@ async def test_a_value_that_is_none_is_refused(local: Any) -> None:
     store = AsyncStore(local.store)
     with pytest.raises(UsageError):
         await store.put("k", 17)  # type: ignore[arg-type]
+
+
+async def test_tasks_that_read_at_once_each_get_their_own_value(local: Any) -> None:
+    store = AsyncStore(local.store)
+    values = {f"k{i}": b"%d" % i * 100 for i in range(8)}
+    await store.put_many(values)
+
+    async def read(key: str) -> None:
+        for _ in range(50):
+            assert await store.get(key) == values[key]
+
+    async with trio.open_nursery() as nursery:
+        for key in values:
+            nursery.start_soon(read, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import pickle
 import subprocess
@@ -27,6 +28,7 @@ from memfaas.errors import (
     ClosedError,
     FabricUnavailable,
     LeaseLost,
+    StoreFull,
     TicketExpired,
     UnknownStore,
     UsageError,
@@ -176,6 +178,39 @@ def test_what_cannot_be_had(session: Session, call: Callable[[Session], Any], er
     with pytest.raises(error):
         call(session)
     assert session.status().leases == []
+
+
+@pytest.mark.parametrize("choice", FABRICS)
+def test_what_is_free_takes_values_of_other_sizes(cluster: LocalCluster, choice: fabric.Choice) -> None:
+    with memfaas.connect(cluster.address, fabric=choice) as session:
+        store = session.store("mixed", size="8MiB")
+        with pytest.raises(StoreFull):
+            store.put_many((f"k{n}", bytes(60_000)) for n in range(1000))
+        for key in sorted(store.keys())[::2]:
+            store.delete(key)
+        store.put("small", b"12345")
+        store.put("page", bytes(4096))
+        store.put("large", bytes(range(256)) * 2048)  # in pieces, for no span is whole
+        assert store.get("large") == bytes(range(256)) * 2048
+        store.close()
+
+
+@pytest.mark.parametrize("key", [5, None, b"a" * 65_537, "\ud800", bytearray(b"a")])
+def test_what_is_no_key(session: Session, key: Any) -> None:
+    store = session.store("keys", size="4MiB")
+    calls: list[Callable[[], Any]] = [
+        lambda: store.put(key, b"1"),
+        lambda: store.get(key),
+        lambda: store.get_array(key),
+        lambda: store.put_from(key, io.BytesIO(b"1")),
+        lambda: store.keys(key),
+        lambda: store.get_many([key]),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError):
+            call()
+    assert store.keys() == []
+    store.close()
 
 
 def test_another_tenant_sees_and_gets_nothing(cluster: LocalCluster, session: Session) -> None:
