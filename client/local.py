@@ -171,8 +171,10 @@ class LocalCluster:
             process.tell_to_stop()
         for process in self._processes.values():
             process.stop(max(0.0, deadline - time.monotonic()))
-        self._kill_orphans()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            self._kill_orphans()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)  # the secret is in it
 
     def _kill_orphans(self) -> None:
         """Memory functions outlive an agent that was killed; here nobody will come back for them."""

@@ -63,8 +63,8 @@ class ControlLoop:
             await self.control.say_goodbye()
             nursery.cancel_scope.cancel()
 
-    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Runs an async function in the loop, and waits for it. Ctrl-C cancels it.
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any, cancel: bool = True) -> T:
+        """Runs an async function in the loop, and waits for it. Ctrl-C cancels it, or lets it end alone.
 
         Unlike `trio.from_thread.run` it may be called inside of another trio loop (and blocks it).
         Raises ClosedError when the loop has ended.
@@ -73,19 +73,21 @@ class ControlLoop:
         scope = trio.CancelScope()
 
         async def run() -> None:
-            with scope:
-                try:
-                    future.set_result(await function(*args))
-                except Exception as error:
-                    future.set_exception(error)
-            if not future.done():
-                future.set_exception(ClosedError("the session was closed meanwhile"))
+            try:
+                with scope:
+                    try:
+                        future.set_result(await function(*args))
+                    except Exception as error:
+                        future.set_exception(error)
+            finally:  # also when the whole nursery is cancelled, which is not our scope
+                if not future.done():
+                    future.set_exception(ClosedError("the session was closed meanwhile"))
 
         self._soon(lambda: self._spawn(run, future))
         try:
             return future.result()
         except BaseException:
-            if not future.done():
+            if cancel and not future.done():
                 self._soon(scope.cancel)
             raise
 

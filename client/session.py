@@ -162,8 +162,11 @@ class Session:
             compression=compression,
             on_reclaim=on_reclaim,
         )
-        opened = self._request(
-            request, messages.StoreOpened, lambda _, opened: self._held_stores.add(opened.spec.store)
+        opened = self._obtain(
+            request,
+            messages.StoreOpened,
+            hold=lambda _, opened: self._held_stores.add(opened.spec.store),
+            give_back=lambda opened: messages.CloseStore(store=opened.spec.store),
         )
         identity = opened.spec.store
         try:
@@ -172,7 +175,7 @@ class Session:
                 if store is None:
                     store = self._stores[identity] = Store(self, opened.spec, opened.places)
                     self._keepers.update((keeper.place.lease, keeper) for keeper in store.keepers)
-        except MemfaasError:
+        except BaseException:
             self._leave_store(identity)
             raise
         return store
@@ -190,15 +193,20 @@ class Session:
             owner = control.session
             self._held_regions.add(granted.place.lease)
 
-        place = self._request(messages.OpenRegion(size=parse_size(size)), messages.RegionGranted, hold).place
+        place = self._obtain(
+            messages.OpenRegion(size=parse_size(size)),
+            messages.RegionGranted,
+            hold,
+            give_back=lambda granted: messages.ReleaseLease(lease=granted.place.lease),
+        ).place
         try:
             region = Region(self, place, owner)
-        except MemfaasError:
+            with self._lock:
+                self._regions[place.lease] = region
+                self._keepers[place.lease] = region.keeper
+        except BaseException:
             self._release_lease(place.lease)
             raise
-        with self._lock:
-            self._regions[place.lease] = region
-            self._keepers[place.lease] = region.keeper
         return region
 
     def stores(self) -> list[messages.StoreInfo]:
@@ -303,6 +311,40 @@ class Session:
             return answer
 
         return loop.call(ask)
+
+    def _obtain(
+        self,
+        message: messages.Message,
+        reply: type[R],
+        hold: Callable[[Control, R], object],
+        give_back: Callable[[R], messages.Message],
+    ) -> R:
+        """Asks the broker for something to hold. An interrupted caller (Ctrl-C) gives it back when it comes."""
+        control = (loop := self._running()).control
+        lock = threading.Lock()
+        answers: list[R] = []
+        abandoned = False
+
+        async def ask() -> R:
+            answer = await control.request(message, reply, self.timeout)
+            with lock:
+                if not abandoned:
+                    hold(control, answer)
+                    answers.append(answer)
+            if not answers:
+                await control.request(give_back(answer), messages.Done, self.timeout)
+            return answer
+
+        try:
+            return loop.call(ask, cancel=False)
+        except MemfaasError:
+            raise
+        except BaseException:
+            with lock:
+                abandoned = True
+            if answers:  # it had come already
+                self._request(give_back(answers[0]), messages.Done)
+            raise
 
     # --- called by the control thread ---------------------------------------------------------------
 

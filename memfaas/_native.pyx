@@ -5,7 +5,14 @@ The fast path of an operation on mapped memory runs with the GIL held and never 
 than letting the GIL go. Whatever copies much or may wait runs without the GIL.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_ND,
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.errno cimport EINVAL, EMFILE, ENOMEM, EPERM, ETIMEDOUT
@@ -703,10 +710,11 @@ cdef class StoreCore:
         cdef list pairs = list(items.items()) if hasattr(items, "items") else list(items)
         cdef dict by_shard = {}
         cdef Py_ssize_t shard
-        for key, value in pairs:
+        for name, value in pairs:
+            key = as_key(name)  # one key may stand there as str and as bytes
             shard = self.shard_with_tcp(key) if self.plain and type(value) is bytes else -1
             if shard >= 0 and PyBytes_GET_SIZE(value) < MF_WINDOW:
-                by_shard.setdefault(shard, {})[key] = value  # a key that stands twice keeps its last value
+                by_shard.setdefault(shard, {})[key] = value
                 continue
             for some in by_shard.values():
                 some.pop(key, None)
@@ -843,12 +851,27 @@ cdef list records(const uint8_t *data, size_t length):
     return found
 
 
-cdef int writable(object buffer, Py_buffer *view) except -1:
+cdef int buffer_of(object buffer, Py_buffer *view, int flags) except -1:
+    """Its bytes: contiguous, and no references to Python objects among them."""
+    if type(buffer) is bytes or type(buffer) is bytearray:
+        return PyObject_GetBuffer(buffer, view, flags)
     try:
-        PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE | PyBUF_WRITABLE)
-    except (BufferError, TypeError) as error:
-        raise UsageError(f"cannot write into a {type(buffer).__name__}: {error}") from None
+        try:
+            PyObject_GetBuffer(buffer, view, flags | PyBUF_FORMAT | PyBUF_ND)
+        except ValueError:  # NumPy knows no format for its dates, but has their bytes
+            PyObject_GetBuffer(buffer, view, flags)
+    except (BufferError, TypeError, ValueError) as error:
+        raise UsageError(f"cannot use a {type(buffer).__name__} as a buffer: {error}") from None
+    if view.format is not NULL and b"O" in view.format:
+        PyBuffer_Release(view)
+        raise UsageError(f"a {type(buffer).__name__} of Python objects has no bytes of its own to move")
     return 0
+
+
+cdef int writable(object buffer, Py_buffer *view) except -1:
+    if type(buffer) is bytes:
+        raise UsageError("cannot write into bytes; take a bytearray")
+    return buffer_of(buffer, view, PyBUF_WRITABLE)
 
 
 # --- a region -------------------------------------------------------------------------------------------
@@ -871,6 +894,8 @@ cdef class RegionCore:
         raise NotImplementedError
 
     cdef int check(self, object offset, object length) except -1:
+        if not (isinstance(offset, int) and isinstance(length, int)):
+            raise UsageError(f"offset {offset!r} and length {length!r} are whole numbers of bytes")
         if not (0 <= offset and 0 <= length and offset + length <= self.size):
             raise UsageError(f"bytes {offset} to {offset + length} are not in this region of {self.size} bytes")
         return 0
@@ -928,10 +953,7 @@ cdef class RegionCore:
 
     def write(self, offset, data):
         cdef Py_buffer view
-        try:
-            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        except (BufferError, TypeError) as error:
-            raise UsageError(f"cannot write a {type(data).__name__}: {error}") from None
+        buffer_of(data, &view, PyBUF_SIMPLE)
         try:
             self.check(offset, view.len)
             self.transfer(MF_WRITE, offset, <char *>view.buf, view.len)

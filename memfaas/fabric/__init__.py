@@ -36,7 +36,10 @@ class Opened:
 @functools.cache
 def boot_id() -> str:
     """Names the running kernel: two processes with the same one can share memory."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError as error:
+        raise FabricUnavailable(f"cannot tell which node this is: {error}") from error
 
 
 def check_reach(place: Place, choice: Choice) -> None:

@@ -6,6 +6,7 @@ import gc
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ from memfaas.errors import (
     ClosedError,
     FabricUnavailable,
     LeaseLost,
+    MemfaasError,
     StoreFull,
     TicketExpired,
     UnknownStore,
@@ -211,6 +213,81 @@ def test_what_is_no_key(session: Session, key: Any) -> None:
             call()
     assert store.keys() == []
     store.close()
+
+
+def test_closing_a_session_ends_what_other_threads_wait_for(cluster: LocalCluster) -> None:
+    for _ in range(10):
+        session = memfaas.connect(cluster.address)
+        ended = threading.Event()
+
+        def work(session: Session = session, ended: threading.Event = ended) -> None:
+            try:
+                while True:
+                    session.lease("1MiB").release()
+            except MemfaasError:
+                ended.set()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        time.sleep(0.02)
+        session.close()
+        assert ended.wait(30)
+        thread.join()
+
+
+def test_an_interrupted_request_for_memory_holds_none_that_nobody_knows(session: Session) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def lease_for_ever() -> None:
+        while True:
+            session.lease("1MiB")
+
+    for delay in (0.001, 0.003, 0.006, 0.01, 0.015):
+        timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            lease_for_ever()
+        timer.join()
+    until(lambda: {lease.lease for lease in session.status().leases} == set(session._regions))
+    for region in list(session._regions.values()):
+        region.release()
+
+
+def test_memory_of_python_objects_is_neither_read_nor_written(session: Session) -> None:
+    store, region = session.store("objects", size="4MiB"), session.lease("64KiB")
+    objects = np.array([object(), object()])
+    store.put("a", bytes(16))
+    calls: list[Callable[[], Any]] = [
+        lambda: store.get_into("a", objects),
+        lambda: region.read_into(0, objects),
+        lambda: region.write(0, objects),
+        lambda: store.put("b", objects),
+        lambda: store.get_into("a", np.zeros((4, 4))[:, ::2]),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError):
+            call()
+    dates = np.zeros(2, "M8[s]")
+    assert store.get_into("a", dates) == 16
+    region.release()
+    store.close()
+
+
+@pytest.mark.parametrize("choice", FABRICS)
+def test_the_last_of_several_values_for_one_key_stays(cluster: LocalCluster, choice: fabric.Choice) -> None:
+    with memfaas.connect(cluster.address, fabric=choice) as session:
+        store = session.store("twice", size="4MiB")
+        pairs: list[tuple[str | bytes, Any]] = [
+            ("a", b"1"),
+            (b"a", bytearray(b"2")),
+            ("b", b"1"),
+            (b"b", b"2"),
+            ("b", b"3"),
+        ]
+        store.put_many(pairs)
+        assert store.get_many(["a", "b"]) == [b"2", b"3"]
+        store.close()
 
 
 def test_another_tenant_sees_and_gets_nothing(cluster: LocalCluster, session: Session) -> None:
