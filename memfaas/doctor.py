@@ -191,20 +191,6 @@ def _cgroup_limit(node: Node) -> int | None:
     return min(limits, default=None)
 
 
-def _pressure(node: Node) -> Iterator[Check]:
-    name = "pressure"
-    if node.read("/proc/pressure/memory") is not None:
-        yield Check(name, "ok", "the kernel tells of memory pressure (PSI)", "a donor notices a shortage early")
-    else:
-        yield Check(
-            name,
-            "slow",
-            "the kernel does not tell of memory pressure (PSI)",
-            "a donor judges by the available memory alone",
-            "add psi=1 to the kernel's command line",
-        )
-
-
 # --- connections ----------------------------------------------------------------------------------
 
 
@@ -253,9 +239,16 @@ def _fuse(node: Node) -> Iterator[Check]:
         remedies.append("pip install 'memfaas[fuse]'")
     if lacking:
         found = f"without {', '.join(lacking)}"
-        yield Check("file system", "missing", found, "memory cannot be mounted as a file system", "; ".join(remedies))
+        yield Check(
+            "file system", "missing", found, "the mount, which a later version brings, needs it", "; ".join(remedies)
+        )
     else:
-        yield Check("file system", "ok", "/dev/fuse, fusermount3, pyfuse3", "memory can be mounted as a file system")
+        yield Check(
+            "file system",
+            "ok",
+            "/dev/fuse, fusermount3, pyfuse3",
+            "the mount, which a later version brings, can be used",
+        )
 
 
 def _rdma(node: Node) -> Iterator[Check]:
@@ -277,7 +270,9 @@ def _rdma(node: Node) -> Iterator[Check]:
         meaning = "pyverbs must be of the same release as the system's rdma-core"
         yield Check(name, "missing", f"{found}; {error}", meaning, "sudo apt-get install python3-pyverbs")
     else:
-        yield Check(name, "ok", f"{found}; pyverbs {_version('pyverbs')}", "the devices can be used from Python")
+        yield Check(
+            name, "ok", f"{found}; pyverbs {_version('pyverbs')}", "RDMA, which a later version brings, can be used"
+        )
 
 
 _CHECKS: tuple[Callable[[Node], Iterator[Check]], ...] = (
@@ -287,7 +282,6 @@ _CHECKS: tuple[Callable[[Node], Iterator[Check]], ...] = (
     _huge_pages,
     _memlock,
     _memory_limit,
-    _pressure,
     _files,
     _backlog,
     _fuse,

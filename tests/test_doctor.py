@@ -125,11 +125,6 @@ def test_the_backlog(tmp_path: Path, text: str, state: str) -> None:
     assert check("backlog", node(tmp_path, {"proc/sys/net/core/somaxconn": text})).state == state
 
 
-@pytest.mark.parametrize(("files", "state"), [({"proc/pressure/memory": "some avg10=0.00\n"}, "ok"), ({}, "slow")])
-def test_pressure(tmp_path: Path, files: dict[str, str], state: str) -> None:
-    assert check("pressure", node(tmp_path, files)).state == state
-
-
 def test_the_file_system_names_all_that_is_lacking(tmp_path: Path) -> None:
     lacking = check("file system", node(tmp_path, {}))
     assert (lacking.state, lacking.required) == ("missing", False)
