@@ -420,7 +420,7 @@ def test_a_thousand_idle_connections_disturb_nobody(cluster: LocalCluster, many_
                 newcomer.store("s").put("a", b"1")
                 newcomer.store("new", size="8MiB").put("a", b"1")
                 newcomer.lease("1MiB").write(0, b"1")
-        assert links_of(session, place.lease).get("tcp", 0) > IDLE
+        until(lambda: links_of(session, place.lease).get("tcp", 0) > IDLE)
         assert len(os.listdir(f"/proc/{function}/task")) > IDLE
         close_all(idle)
         until(lambda: links_of(session, place.lease).get("tcp", 0) < 20)

@@ -290,7 +290,7 @@ def test_a_link_that_is_down_for_a_while_loses_nothing(
 @pytest.mark.parametrize("side", ["near", "far"])
 def test_a_link_that_stays_down_is_one_error_in_time(cable: tuple[Node, Node], folder: Path, side: str) -> None:
     near, far = cable
-    timeout_s = 0.25
+    timeout_s = 0.15
     with (
         cluster(near, folder) as address,
         far.entered(),
