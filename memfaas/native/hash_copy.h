@@ -9,11 +9,11 @@
 #define STRIPES ((XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN) / XXH_SECRET_CONSUME_RATE)
 #define BLOCK (STRIPES * XXH_STRIPE_LEN)
 
-/* One block of 1 KiB: XXH3's accumulate, with a store. */
-static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from, int past_cache) {
+/* Some stripes of one block: XXH3's accumulate, with a store. */
+static inline void copy_stripes(xxh_u64 *lanes, uint8_t *into, const uint8_t *from, size_t count, int past_cache) {
 #if defined(__AVX2__)
     __m256i low = _mm256_load_si256((__m256i *)lanes), high = _mm256_load_si256((__m256i *)(lanes + 4));
-    for (size_t i = 0; i < STRIPES; i++, into += 64, from += 64) {
+    for (size_t i = 0; i < count; i++, into += 64, from += 64) {
         const uint8_t *secret = XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE;
         __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
         if (past_cache) {
@@ -34,7 +34,7 @@ static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from
     _mm256_store_si256((__m256i *)lanes, low);
     _mm256_store_si256((__m256i *)(lanes + 4), high);
 #else
-    for (size_t i = 0; i < STRIPES; i++, into += 64, from += 64) {
+    for (size_t i = 0; i < count; i++, into += 64, from += 64) {
         xxh_u64 words[XXH_ACC_NB], secret[XXH_ACC_NB];
         memcpy(words, from, sizeof words);
         memcpy(into, words, sizeof words);
@@ -46,7 +46,6 @@ static inline void copy_block(xxh_u64 *lanes, uint8_t *into, const uint8_t *from
         }
     }
 #endif
-    XXH3_scrambleAcc(lanes, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN);
 }
 
 /* `past_cache`: the copy is not going to be read soon, so it is not brought into the cache to be written. */
@@ -58,15 +57,18 @@ static inline uint64_t copy_and_hash(uint8_t *into, const uint8_t *from, size_t 
     XXH_ALIGN(64) xxh_u64 lanes[XXH_ACC_NB] = XXH3_INIT_ACC;
     size_t at = 0;
     past_cache = past_cache && (uintptr_t)into % 32 == 0;
-    for (; at + BLOCK < length; at += BLOCK)
-        copy_block(lanes, into + at, from + at, past_cache);
+    for (; at + BLOCK < length; at += BLOCK) {
+        copy_stripes(lanes, into + at, from + at, STRIPES, past_cache);
+        XXH3_scrambleAcc(lanes, XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN);
+    }
+    size_t count = (length - 1 - at) / XXH_STRIPE_LEN;
+    copy_stripes(lanes, into + at, from + at, count, past_cache);
+    at += count * XXH_STRIPE_LEN;
 #if defined(__AVX2__)
     if (past_cache)
         _mm_sfence(); /* such stores are ordered by nothing else */
 #endif
     memcpy(into + at, from + at, length - at);
-    for (size_t i = 0; i < (length - 1 - at) / XXH_STRIPE_LEN; i++)
-        XXH3_accumulate_512(lanes, into + at + i * XXH_STRIPE_LEN, XXH3_kSecret + i * XXH_SECRET_CONSUME_RATE);
     XXH3_accumulate_512(lanes, into + length - XXH_STRIPE_LEN,
                         XXH3_kSecret + XXH_SECRET_DEFAULT_SIZE - XXH_STRIPE_LEN - XXH_SECRET_LASTACC_START);
     return XXH3_mergeAccs(lanes, XXH3_kSecret + XXH_SECRET_MERGEACCS_START, (xxh_u64)length * XXH_PRIME64_1);

@@ -181,7 +181,8 @@ static uint64_t try_span(struct mf_op *op, uint32_t index, unsigned class_, bool
     return 0;
 }
 
-static uint64_t search(struct mf_op *op, unsigned hints_of, unsigned class_, bool *pending) {
+/* Looks at `most` spans at most: many may hold nothing but what others may still see. */
+static uint64_t search(struct mf_op *op, unsigned hints_of, unsigned class_, uint32_t most, bool *pending) {
     struct mf_memory *memory = op->memory;
     uint32_t spans = (uint32_t)memory->at.spans;
     uint32_t from = atomic_load_explicit(&memory->cursor[class_], memory_order_relaxed) / 64;
@@ -191,7 +192,7 @@ static uint64_t search(struct mf_op *op, unsigned hints_of, unsigned class_, boo
         for (; bits; bits &= bits - 1) {
             uint32_t index = w * 64 + (uint32_t)__builtin_ctzll(bits);
             uint64_t block = index < spans ? try_span(op, index, class_, pending) : 0;
-            if (block)
+            if (block || --most == 0)
                 return block;
         }
     }
@@ -207,6 +208,8 @@ static void advance_past_own_pin(struct mf_op *op) {
     mf_repin(op);
 }
 
+#define FEW 8u
+
 static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
     struct mf_memory *memory = op->memory;
     for (uint32_t i = op->held_count; i-- > 0 && sizes[class_] < MF_SPAN;) { /* one that it holds already */
@@ -221,13 +224,15 @@ static uint64_t alloc_once(struct mf_op *op, unsigned class_, bool *pending) {
         if (block)
             return block;
     }
-    uint64_t block = search(op, class_, class_, pending);
+    uint64_t block = search(op, class_, class_, FEW, pending);
     if (!block && *pending) {
         /* What was freed lately is still in the cache; an unassigned span is not. */
         advance_past_own_pin(op);
-        block = search(op, class_, class_, pending);
+        block = search(op, class_, class_, FEW, pending);
     }
-    return block ? block : search(op, 0, class_, pending);
+    if (!block)
+        block = search(op, 0, class_, UINT32_MAX, pending);
+    return block ? block : search(op, class_, class_, UINT32_MAX, pending);
 }
 
 #define WAIT_FOR_LIMBO_NS 1000000000ll

@@ -400,6 +400,7 @@ int mf_put_commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     return status;
 }
 
+#define UNPINNED 4096u /* bytes that take longer to copy than it takes to pin again */
 #define PAST_CACHE (4u << 20) /* a value larger than most shares of a last-level cache */
 
 static void copy_in(struct mf_op *op, const void *meta, const uint8_t *value) {
@@ -425,6 +426,10 @@ int mf_put(struct mf_op *op, const void *key, uint32_t key_len, const void *meta
     int status = reserve(op, key_len, meta_len, value_len);
     if (status != MF_OK)
         return status;
+    /* The blocks are ours while we hold their spans. A pin would keep everybody's freed blocks from being
+     * used again while they are still in the cache, for as long as we are not running. */
+    if (value_len > UNPINNED)
+        mf_unpin(op);
     MF_GUARDED(op->memory->data, op->memory->at.data_bytes, copy_in(op, meta, value), return MF_REVOKED);
     return mf_put_commit(op, key, meta, flags, replaced);
 }
