@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from memfaas.bench.peers.base import Kind
+from memfaas.node import huge_page_choice
 
 
 class Machine(msgspec.Struct, kw_only=True):
@@ -174,7 +175,7 @@ def this_machine() -> Machine:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         kernel=platform.release(),
         python=platform.python_version(),
-        shmem_huge_pages=_chosen(Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")),
+        shmem_huge_pages=huge_page_choice() or "unknown",
         load_before=os.getloadavg()[0],
     )
 
@@ -184,11 +185,3 @@ def _line_of(path: Path, name: str) -> str:
         if line.startswith(name):
             return line.partition(":")[2].strip()
     return ""
-
-
-def _chosen(path: Path) -> str:
-    """The word in brackets of a kernel setting."""
-    try:
-        return path.read_text().partition("[")[2].partition("]")[0]
-    except OSError:
-        return "unknown"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from memfaas.node import HUGE_PAGES, SHMEM_ENABLED, gives_huge_pages, huge_page_choice
 from memfaas.units import format_size
 
 State = Literal["ok", "slow", "missing"]
@@ -118,19 +119,16 @@ def _version(name: str) -> str:
 
 
 def _huge_pages(node: Node) -> Iterator[Check]:
-    path = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
-    text = node.read(path)
     name = "huge pages"
+    folder = node.root / HUGE_PAGES.relative_to("/")
+    choice = huge_page_choice(folder)
     slow = "lent memory lies in 4 KiB pages: it comes back about 50 times slower (some 5 GiB/s, not hundreds)"
-    if text is None:
+    if choice is None:
         yield Check(name, "slow", "this kernel has no huge pages for shared memory", slow)
-        return
-    match = re.search(r"\[(\w+)\]", text)
-    choice = match[1] if match else text
-    if choice in ("advise", "always", "within_size", "force"):
+    elif gives_huge_pages(folder):
         yield Check(name, "ok", f"shmem_enabled is {choice}", "lent memory lies in 2 MiB pages and comes back at once")
     else:
-        yield Check(name, "slow", f"shmem_enabled is {choice}", slow, f"echo advise | sudo tee {path}")
+        yield Check(name, "slow", f"shmem_enabled is {choice}", slow, f"echo advise | sudo tee {SHMEM_ENABLED}")
 
 
 def _memlock(node: Node) -> Iterator[Check]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from memfaas import auth, rpc
+from memfaas import auth, node, rpc
 from memfaas.config import DonorSettings
 from memfaas.errors import AccessError, CapacityError, MemfaasError, ProtocolError, TransportError, UsageError
 from memfaas.fabric import boot_id
@@ -144,11 +144,11 @@ class Agent:
         """How much to lend in all. Raises UsageError when that is nothing."""
         headroom = self._settings.headroom
         lendable = memory.available() + sum(one.populated for one in self._custodies.values()) - headroom
-        if not memory.huge_pages():
+        if not node.gives_huge_pages():
             logger.warning(
                 "this node gives shared memory no 2 MiB pages, so it comes back about 50 times slower when it "
-                "is needed (some 5 GiB/s); run as root: %s",
-                memory.ENABLE_HUGE_PAGES,
+                "is needed (some 5 GiB/s); run as root: echo advise > %s",
+                node.SHMEM_ENABLED,
             )
         if self._settings.memory == "auto":
             if lendable < MIB:

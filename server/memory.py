@@ -16,11 +16,6 @@ from memfaas.errors import CapacityError
 from memfaas.messages import Kind, Memory
 from memfaas.units import format_size
 
-_THP = Path("/sys/kernel/mm/transparent_hugepage")
-_GIVES_HUGE = {"always", "within_size", "advise", "force"}
-ENABLE_HUGE_PAGES = f"echo advise > {_THP}/shmem_enabled"
-"""The command, as root, that lets leases have 2 MiB pages."""
-
 
 def make(kind: Kind, size: int, name: str) -> tuple[int, int]:
     """Fresh data and control memory for `size` usable bytes; not yet formatted, nor backed by pages."""
@@ -48,26 +43,6 @@ def _memfd(name: str, size: int, seals: int) -> int:
 def populated(data: int) -> int:
     """Bytes of a lease's memory that are backed by pages."""
     return os.fstat(data).st_blocks * 512
-
-
-def huge_pages(thp: Path = _THP) -> bool:
-    """Whether the node gives 2 MiB pages to memory that asks for them (see ENABLE_HUGE_PAGES).
-
-    Without, giving memory back takes about fifty times as long: some 5 GiB/s instead of some 300.
-    """
-    chosen = _chosen(thp / "hugepages-2048kB/shmem_enabled")
-    if chosen in (None, "inherit"):
-        chosen = _chosen(thp / "shmem_enabled")
-    return chosen in _GIVES_HUGE
-
-
-def _chosen(path: Path) -> str | None:
-    """The value in brackets, of a file like `always [advise] never`."""
-    try:
-        words = path.read_text().split()
-    except OSError:
-        return None
-    return next((word[1:-1] for word in words if word.startswith("[")), None)
 
 
 # --- what the node can spare ------------------------------------------------------------------------
