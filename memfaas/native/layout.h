@@ -87,7 +87,7 @@ struct mf_chunk {
     uint32_t class_;
 };
 
-enum mf_state { MF_SERVING = 1, MF_STATE_FROZEN = 2, MF_STATE_REVOKED = 3 };
+enum mf_state { MF_STATE_SERVING = 1, MF_STATE_FROZEN = 2, MF_STATE_REVOKED = 3 };
 
 /* A lock whose holder is known by participant, so that the reaper can open it when that one died. */
 struct mf_stripe {
@@ -117,7 +117,7 @@ struct mf_writer {
 } __attribute__((aligned(64)));
 
 struct mf_participant {
-    _Atomic uint32_t state; /* 0 free, 1 attached, 2 being reaped */
+    _Atomic uint32_t state; /* 0 free, 1 attached */
     uint32_t pid;
     uint64_t start_time;
 };

@@ -73,7 +73,7 @@ int mf_format(int data_fd, int control_fd, const struct mf_header *header) {
         for (uint64_t span = 0; span < header->spans; span++)
             atomic_fetch_or_explicit(&unassigned[span / 64], 1ull << span % 64, memory_order_relaxed);
     }
-    atomic_store(&control->state, MF_SERVING);
+    atomic_store(&control->state, MF_STATE_SERVING);
     munmap(control, header->control_bytes);
     return pwrite(data_fd, header, sizeof *header, 0) == sizeof *header ? 0 : errno ? errno : EIO;
 }

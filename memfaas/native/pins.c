@@ -80,7 +80,7 @@ int mf_pin(struct mf_op *op) {
         if (status != MF_OK)
             return status;
         uint32_t now = atomic_load(state);
-        if (now == MF_SERVING)
+        if (now == MF_STATE_SERVING)
             return MF_OK;
         mf_unpin(op);
         if (now != MF_STATE_FROZEN)

@@ -20,27 +20,12 @@ from memfaas.errors import KeyAbsent, StoreFull
 from memfaas.testing.function import admitted
 from memfaas.testing.history import Recorder, Step
 from memfaas.testing.lease import BareStore
+from memfaas.testing.values import Values, key_of
 
-LENGTHS = (8, 40, 160, 600, 3000, 70_000, 200_000, 600_000)
+VALUES = Values(8, 40, 160, 600, 3000, 70_000, 200_000, 600_000)
 """Of values: small ones, in one block, and large ones, in pieces."""
 WEIGHTS = (20, 30, 30, 10, 5, 3, 1, 1)
-TORN = 1
-"""Number of a value that is none: not all of it was put together."""
 _PATIENCE_S = 30.0
-
-
-def key_of(number: int) -> bytes:
-    return b"key-%d" % number
-
-
-def value_of(number: int) -> bytes:
-    """The value with this number (a multiple of 8, plus the index of its length): the number, repeated."""
-    return number.to_bytes(8, "little") * (LENGTHS[number % 8] // 8)
-
-
-def number_of(value: bytes) -> int:
-    number = int.from_bytes(value[:8], "little")
-    return number if number > TORN and value == value_of(number) else TORN
 
 
 @dataclass(frozen=True)
@@ -120,13 +105,13 @@ class _Worker:
             except KeyAbsent:
                 self._record.end(0)
             else:
-                self._record.end(number_of(value))
+                self._record.end(VALUES.number_of(value))
         elif choice < 0.85:
             self._next += 8
             number = self._next + self._choose.choices(range(8), WEIGHTS)[0]
             self._record.begin(Step.PUT, key, number)
             try:
-                self._store.put(name, value_of(number))
+                self._store.put(name, VALUES.value_of(number))
             except StoreFull:
                 self._record.refused()
             else:

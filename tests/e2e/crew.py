@@ -18,7 +18,8 @@ from memfaas.errors import KeyAbsent
 from memfaas.fabric import Choice
 from memfaas.testing import history
 from memfaas.testing.linearizability import Operation, check
-from tests.e2e.load import LENGTHS, Work, key_of, number_of
+from memfaas.testing.values import key_of
+from tests.e2e.load import VALUES, Work
 from tests.e2e.scene import LIMIT_S, until
 
 _LOAD = Path(__file__).with_name("load.py")
@@ -49,7 +50,7 @@ class Crew:
         store: str = "s",
         keys: int = 12,
         seed: int = 1,
-        longest: int = max(LENGTHS),
+        longest: int = max(VALUES.lengths),
         fabrics: tuple[Choice, ...] = ("shm", "tcp"),
     ) -> None:
         """`longest`: bytes of the longest value; `fabrics`: those that can be used."""
@@ -140,7 +141,7 @@ class Crew:
                 for key in range(self._keys):
                     start = time.monotonic_ns()
                     try:
-                        number = number_of(store.get(key_of(key)))
+                        number = VALUES.number_of(store.get(key_of(key)))
                     except KeyAbsent:
                         number = 0
                     yield key, Operation("get", start, time.monotonic_ns(), number)

@@ -20,30 +20,15 @@ import memfaas
 from memfaas.errors import KeyAbsent, StoreFull
 from memfaas.fabric import Choice
 from memfaas.testing.history import Recorder, Step
+from memfaas.testing.values import Values, key_of
 
-LENGTHS = (8, 40, 160, 1000, 6000, 70_000, 600_000, 5_000_000)
+VALUES = Values(8, 40, 160, 1000, 6000, 70_000, 600_000, 5_000_000)
 """Of values: in one block, in chunks, and the longest in parts that lie in all shards."""
 _WEIGHTS = (20, 30, 30, 20, 10, 4, 2, 1)
-TORN = 1
-"""Number of what is no value that anybody has put."""
 _READS = 0.5
 _PUTS = 0.4
 _PAUSE_S = 0.002
 """At most, between operations: two processors are enough for all, and histories stay short."""
-
-
-def key_of(number: int) -> bytes:
-    return b"key-%d" % number
-
-
-def value_of(number: int) -> bytes:
-    """The value with this number (a multiple of 8, plus the index of its length): the number, repeated."""
-    return number.to_bytes(8, "little") * (LENGTHS[number % 8] // 8)
-
-
-def number_of(value: bytes) -> int:
-    number = int.from_bytes(value[:8], "little")
-    return number if number > TORN and value == value_of(number) else TORN
 
 
 @dataclass(frozen=True)
@@ -71,7 +56,7 @@ class _Worker:
         self._next = work.first + (number << 32)
         self._record = Recorder(Path(f"{work.history}.{number}"))
         self._buffer = bytearray(work.longest)
-        self._lengths = [index for index, length in enumerate(LENGTHS) if length <= work.longest]
+        self._lengths = [index for index, length in enumerate(VALUES.lengths) if length <= work.longest]
         self._weights = [_WEIGHTS[index] for index in self._lengths]
 
     def run(self, stop: threading.Event) -> None:
@@ -98,12 +83,12 @@ class _Worker:
         except KeyAbsent:
             self._record.end(0)
         else:
-            self._record.end(number_of(value))
+            self._record.end(VALUES.number_of(value))
 
     def _put(self, key: int) -> None:
         self._next += 8
         number = self._next + self._choose.choices(self._lengths, self._weights)[0]
-        value = value_of(number)
+        value = VALUES.value_of(number)
         self._record.begin(Step.PUT, key, number)
         try:
             self._store.put(key_of(key), value)

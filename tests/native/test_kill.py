@@ -25,9 +25,10 @@ import pytest
 from memfaas._native import Memory, ShmLink
 from memfaas.errors import KeyAbsent
 from memfaas.testing import fsck, history
-from memfaas.testing.client import Work, key_of, number_of
+from memfaas.testing.client import VALUES, Work
 from memfaas.testing.lease import BareStore, fill_and_empty, make_memory
 from memfaas.testing.linearizability import Operation, check
+from memfaas.testing.values import key_of
 
 SIZE = 48 << 20
 KEYS = 40
@@ -180,7 +181,7 @@ def final_reads(store: BareStore) -> Iterator[tuple[int, Operation]]:
     for key in range(KEYS):
         start = time.monotonic_ns()
         try:
-            value = number_of(store.get(key_of(key)))
+            value = VALUES.number_of(store.get(key_of(key)))
         except KeyAbsent:
             value = 0
         yield key, Operation("get", start, time.monotonic_ns(), value)
