@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,21 @@ print(cluster._token, cluster.folder, flush=True)
 
 
 @pytest.fixture
-def start_owner() -> Callable[[str], tuple[subprocess.Popen[str], str, Path]]:
-    def start(then: str) -> tuple[subprocess.Popen[str], str, Path]:
-        owner = subprocess.Popen(
-            [sys.executable, "-c", OWNER + then], stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        assert owner.stdout is not None
-        token, folder = owner.stdout.readline().split()
-        return owner, token, Path(folder)
+def start_owner() -> Iterator[Callable[[str], tuple[subprocess.Popen[str], str, Path]]]:
+    with ExitStack() as owners:
 
-    return start
+        def start(then: str) -> tuple[subprocess.Popen[str], str, Path]:
+            owner = owners.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", OWNER + then], stdout=subprocess.PIPE, text=True, start_new_session=True
+                )
+            )
+            owners.callback(owner.kill)
+            assert owner.stdout is not None
+            token, folder = owner.stdout.readline().split()
+            return owner, token, Path(folder)
+
+        yield start
 
 
 def ended(owner: subprocess.Popen[str], token: str, folder: Path) -> bool:
@@ -98,7 +104,6 @@ def test_what_was_killed_is_cleaned_up_too() -> None:
 def test_nothing_outlives_the_owner(start_owner: Callable[..., Any], then: str) -> None:
     owner, token, folder = start_owner(then)
     owner.wait(30)
-    owner.stdout.close()
     if "kill_broker" in then:  # it is the broker that removes the files
         until(lambda: not _processes_with(f"MEMFAAS_LOCAL_CLUSTER={token}"))
         shutil.rmtree(folder)
@@ -108,10 +113,9 @@ def test_nothing_outlives_the_owner(start_owner: Callable[..., Any], then: str) 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_everything(start_owner: Callable[..., Any]) -> None:
-    owner, token, folder = start_owner("try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n")
+    owner, token, folder = start_owner("time.sleep(60)\n")
     os.killpg(owner.pid, signal.SIGINT)
-    assert owner.wait(30) == 0
-    owner.stdout.close()
+    assert owner.wait(30) == -signal.SIGINT
     assert ended(owner, token, folder)
 
 
@@ -126,7 +130,6 @@ def test_a_forked_child_neither_stops_the_cluster_nor_keeps_it(start_owner: Call
         assert len(_processes_with(f"MEMFAAS_LOCAL_CLUSTER={token}")) > 2
         owner.kill()
         owner.wait()
-        owner.stdout.close()
         until(lambda: ended(owner, token, folder))
     finally:
         os.kill(grandchild, signal.SIGKILL)
