@@ -92,6 +92,10 @@ class LeaseSpec(Struct, frozen=True, kw_only=True):
     """Which shard of `store`."""
     session: bytes = b""
     """Session that holds a region lease (a store's sessions register with the store)."""
+    priority: int = 0
+    """Of its tenant: leases of lower priority are moved first."""
+    borrowed: bool = False
+    """Granted beyond its tenant's quota: moved before all that are within."""
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):
@@ -141,6 +145,10 @@ class DonorInfo(Struct, frozen=True, kw_only=True):
     memory: Memory
     leases: int
     fabrics: list[str]
+    spill: bool = False
+    """Its memory is a file in local scratch."""
+    reclaimed: dict[str, int] = {}
+    """Bytes that it does not lend now, by who took them back."""
 
 
 class LeaseInfo(Struct, frozen=True, kw_only=True):
@@ -287,6 +295,106 @@ class LeaseGone(Message, frozen=True, kw_only=True):
 
     lease: bytes
     reason: str
+    dropped: int | None = None
+    """Keys that went with it, when that is what its store asked for (`on_reclaim="drop"`)."""
+
+
+class LeaseMoved(Message, frozen=True, kw_only=True):
+    """Notice, broker to session: this lease is served elsewhere now."""
+
+    place: Place
+
+
+# --- taking memory back -----------------------------------------------------------------------
+
+Step = Literal["unlent", "punched", "migrated", "spilled", "dropped", "lost"]
+"""How bytes came back: nobody had leased them; free parts of a shard were cut out of it; a whole lease
+was moved to another donor, or to a spill donor; it was dropped, as its store asked for; or it was lost."""
+
+
+class FreedBytes(Struct, frozen=True, kw_only=True):
+    """One part of the memory that a reclaim gave back."""
+
+    how: Step
+    size: int
+    seconds: float
+    """From the request until the kernel had it."""
+    lease: bytes = b""
+    what: str = ""
+    """Which shard of which store, or whose region; empty for memory that nobody had leased."""
+    pause: float = 0.0
+    """Seconds for which a lease that moved served nobody."""
+
+
+class Reclaimed(Message, frozen=True, kw_only=True):
+    """What a reclaim gave back. Complete: the memory is free in the kernel, whatever became of the leases."""
+
+    donor: str
+    asked: int
+    """Bytes."""
+    freed: int
+    """Bytes by the deadline."""
+    seconds: float
+    in_time: bool
+    steps: list[FreedBytes]
+
+
+class Reclaim(Message, frozen=True, kw_only=True):
+    """An operator to the broker, the broker to a donor, or a program on a donor's node to the donor:
+    lend so much less, from now until `Lend` with the same `holder`, and have it free by the deadline."""
+
+    Reply = Reclaimed
+    donor: str
+    size: int
+    """At most what the donor lends; more is taken as all of it."""
+    deadline: float
+    """Seconds from now."""
+    holder: str
+    """Who needs the memory, such as `job 17`. Further requests of the same holder add up."""
+
+
+class Lend(Message, frozen=True, kw_only=True):
+    """The same three: what this holder took back may be lent again. Nothing happens if it took nothing."""
+
+    Reply = Done
+    donor: str
+    holder: str
+
+
+class Usage(Struct, frozen=True, kw_only=True):
+    """Byte-seconds of one tenant's leases on one donor."""
+
+    tenant: str
+    donor: str
+    leased: float
+    populated: float
+    """Part of `leased` that was backed by pages."""
+
+
+class DonorUsage(Struct, frozen=True, kw_only=True):
+    donor: str
+    offered: float
+    """Byte-seconds that it would have lent at most."""
+    leased: float
+    reclaims: int
+    reclaimed: int
+    """Bytes."""
+    in_time: int
+    """Reclaims that met their deadline."""
+
+
+class UsageReport(Message, frozen=True, kw_only=True):
+    since: float
+    """Seconds since 1970 from when on it was counted."""
+    now: float
+    tenants: list[Usage]
+    donors: list[DonorUsage]
+
+
+class AskUsage(Message, frozen=True, kw_only=True):
+    """Who used how much of whose memory; a tenant sees its own part, the operator all."""
+
+    Reply = UsageReport
 
 
 # --- donor and broker -------------------------------------------------------------------------
@@ -311,6 +419,8 @@ class Register(Message, frozen=True, kw_only=True):
     host: str
     memory: Memory
     held: list[HeldLease]
+    spill: bool = False
+    """It lends a file in local scratch: chosen last, left first."""
 
 
 class DonorReport(Message, frozen=True, kw_only=True):
@@ -319,6 +429,10 @@ class DonorReport(Message, frozen=True, kw_only=True):
     memory: Memory
     links: dict[bytes, dict[str, int]]
     """Lease to open links by fabric."""
+    populated: dict[bytes, int] = {}
+    """Lease to bytes that are backed by pages."""
+    reclaimed: dict[str, int] = {}
+    """Holder to bytes, as in `Reclaim`."""
 
 
 class Granted(Message, frozen=True, kw_only=True):
@@ -345,6 +459,73 @@ class Free(Message, frozen=True, kw_only=True):
     reason: str
 
 
+# --- moving a lease to another donor (docs/architecture.md, "How a lease moves") --------------------
+
+
+class Target(Message, frozen=True, kw_only=True):
+    """Where to copy a lease to. The place's ticket opens the new function to its sender alone."""
+
+    place: Place
+    spill: bool
+
+
+class Relocate(Message, frozen=True, kw_only=True):
+    """Donor to broker: find another donor for this lease, and have it ready to receive.
+
+    CapacityError when none has room.
+    """
+
+    Reply = Target
+    lease: bytes
+    epoch: int
+    """Of the lease here; it is the next one there."""
+    timeout: float
+    """Seconds that the new donor waits for the copy to be complete."""
+    avoid: list[str] = []
+    """Donors that were tried already."""
+
+
+class Receive(Message, frozen=True, kw_only=True):
+    """Broker to donor: make memory for a lease that another donor is about to send."""
+
+    Reply = Granted
+    spec: LeaseSpec
+    timeout: float
+
+
+class Arrived(Message, frozen=True, kw_only=True):
+    """Notice, donor to broker: all of a lease is here, and served."""
+
+    held: HeldLease
+
+
+class Settled(Message, frozen=True, kw_only=True):
+    moved: bool
+    epoch: int
+    """When it did not move: the epoch to go on with, newer than the one that the target may still hold."""
+
+
+class Settle(Message, frozen=True, kw_only=True):
+    """Donor to broker: I sent all of this lease and heard no more. Is it served there?
+
+    LeaseLost when nobody can tell any more.
+    """
+
+    Reply = Settled
+    lease: bytes
+    epoch: int
+    """Of the copy."""
+    donor: str
+    """The one it was sent to."""
+
+
+class MoveAway(Message, frozen=True, kw_only=True):
+    """Broker to a spill donor: there is room in memory again, so bring this lease home."""
+
+    Reply = Done
+    lease: bytes
+
+
 # --- agent and its memory functions (unix socket, descriptors travel beside) --------------------
 
 
@@ -358,6 +539,9 @@ class Serve(Message, frozen=True, kw_only=True):
     ticket_key: bytes
     fresh: bool
     """The memory has just been made: format it. Otherwise: recover what a killed function left."""
+    incoming: float | None = None
+    """Not to be served before another donor has sent all of it, within so many seconds."""
+    spill: bool = False
 
 
 class Serving(Message, frozen=True, kw_only=True):
@@ -367,6 +551,57 @@ class Serving(Message, frozen=True, kw_only=True):
     spec: LeaseSpec
     endpoint: Endpoint
     pid: int
+    incoming: bool = False
+    in_doubt: Target | None = None
+    """All of it was sent there, and no answer came."""
+
+
+class Sent(Message, frozen=True, kw_only=True):
+    outcome: Literal["moved", "stayed", "in doubt"]
+    reason: str = ""
+    """Why it did not move."""
+    size: int = 0
+    seconds: float = 0.0
+    pause: float = 0.0
+    """Seconds between the last operation here and the first that was possible there."""
+
+
+class Send(Message, frozen=True, kw_only=True):
+    """Agent to function: copy the lease there while it is in use; then freeze it and copy the rest."""
+
+    Reply = Sent
+    target: Target
+    deadline: float
+    """Seconds from now; then it stays where it is."""
+
+
+class Resume(Message, frozen=True, kw_only=True):
+    """Agent to function: what you sent is not served elsewhere and never will be. Go on, under this epoch."""
+
+    Reply = Done
+    epoch: int
+
+
+class Punched(Message, frozen=True, kw_only=True):
+    size: int
+    """Given back to the kernel."""
+
+
+class Punch(Message, frozen=True, kw_only=True):
+    """Agent to function: cut up to so many bytes of free spans out of the shard; it keeps serving."""
+
+    Reply = Punched
+    size: int
+
+
+class Unpunch(Message, frozen=True, kw_only=True):
+    """Agent to function: what was cut out may be used again."""
+
+    Reply = Done
+
+
+class Received(Message, frozen=True, kw_only=True):
+    """Notice, function to agent: all of the lease has come, and is served."""
 
 
 class Adopt(Message, frozen=True, kw_only=True):
@@ -380,13 +615,22 @@ class FunctionReport(Message, frozen=True, kw_only=True):
 
     populated: int
     links: dict[str, int]
+    operations: int = 0
+    """So far, since the memory was made: of two leases the one that gains fewer is less active."""
+
+
+class Stopped(Message, frozen=True, kw_only=True):
+    keys: int | None = None
+    """How many there were, if that was asked."""
 
 
 class Stop(Message, frozen=True, kw_only=True):
     """Agent to function: refuse new operations, free the memory, end."""
 
-    Reply = Done
+    Reply = Stopped
     reason: str
+    count: bool = False
+    """Say how many keys go with it."""
 
 
 # --- handshakes (memfaas.auth) ------------------------------------------------------------------
@@ -408,7 +652,8 @@ class TicketHello(Message, frozen=True, kw_only=True):
     version: int
     ticket: bytes
     nonce: bytes
-    fabric: Literal["shm", "tcp"]
+    fabric: Literal["shm", "tcp", "move"]
+    """`move`: a function that sends the whole lease."""
 
 
 class Challenge(Message, frozen=True, kw_only=True):

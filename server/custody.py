@@ -12,7 +12,7 @@ import trio
 
 from memfaas import _native, rpc
 from memfaas.errors import LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
-from memfaas.messages import Done, Endpoint, FunctionReport, HeldLease, LeaseSpec, Message, Serve, Stop
+from memfaas.messages import Done, Endpoint, FunctionReport, HeldLease, LeaseSpec, Message, Serve, Stop, Stopped
 from memfaas.server import memory
 from memfaas.server.function import control_path
 from memfaas.server.placement import lease_bytes
@@ -189,7 +189,7 @@ class Custody:
         if link is None:
             return False
         try:
-            await link.channel.request(Stop(reason=reason), Done, _STOP_S)
+            await link.channel.request(Stop(reason=reason), Stopped, _STOP_S)
             return True
         except MemfaasError as error:
             logger.warning("lease %s: its function did not stop by itself: %s", self.name, error)

@@ -19,7 +19,7 @@ import trio
 
 from memfaas import rpc
 from memfaas.errors import ProtocolError, TransportError
-from memfaas.messages import Adopt, Done, FunctionReport, Message, Serve, Serving, Stop
+from memfaas.messages import Adopt, Done, FunctionReport, Message, Serve, Serving, Stop, Stopped
 from memfaas.server import process
 from memfaas.server.fds import FdStream, peer_of
 from memfaas.server.serving import DESCRIPTORS, Served
@@ -203,7 +203,7 @@ class _AgentPeer:
                 return answer
             case Stop():
                 await self._function.stop()
-                return Done()
+                return Stopped()
         raise ProtocolError(f"a function does not answer {type(message).__name__}")
 
     def _take(self, count: int) -> list[int]:
