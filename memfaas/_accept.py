@@ -109,5 +109,9 @@ def path(value: Any) -> Path:
         raise UsageError(f"{value!r}: {error}") from None
 
 
+def path_or_none(value: Any) -> Path | None:
+    return None if value is None else path(value)
+
+
 def address(value: Any) -> Address:
     return value if isinstance(value, Address) else parse_address(text(value))

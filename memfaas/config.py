@@ -145,6 +145,18 @@ class BrokerSettings(Settings):
         unit="seconds",
         help="How long a lease lives that its session does not renew.",
     )
+    tenants_file: Path | None = _setting(
+        accept.path_or_none,
+        None,
+        shown="none, all tenants are alike",
+        help="TOML file with the quotas and priorities of tenants.",
+    )
+    usage_file: Path | None = _setting(
+        accept.path_or_none,
+        None,
+        shown="none, usage is counted from the start",
+        help="File in which usage is kept over a restart.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +305,7 @@ def load_settings(
         parse = field.metadata["parse"]
         if field.name in section:
             value = section[field.name]
-            if parse is accept.path and isinstance(value, str):
+            if parse in (accept.path, accept.path_or_none) and isinstance(value, str):
                 value = _beside(path, value)
             values[field.name] = _checked(f"{path}: [{role.section}] {field.name}", parse, value)
         for variable in _env_names(role, field):
