@@ -153,6 +153,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
 
     tenant: str
     lease: bytes
+    epoch: int
+    """Of the lease: what was moved, or is newer, it does not open."""
     donor: str
     expires: float
     """Seconds since 1970, by the broker's clock."""
@@ -176,14 +178,16 @@ def proof_key(key: bytes, ticket: bytes) -> bytes:
     return hmac.digest(key, b"proof:" + ticket, "sha256")
 
 
-def check_ticket(data: bytes, *, lease: bytes, tenant: str, donor: str, now: float | None = None) -> Ticket:
-    """Whether an encoded ticket is for this lease and still good. Raises AccessError.
+def check_ticket(data: bytes, *, lease: bytes, epoch: int, tenant: str, donor: str, now: float | None = None) -> Ticket:
+    """Whether an encoded ticket is for this lease at this epoch, and still good. Raises AccessError.
 
     It proves nothing yet: a forger fails the handshake, for want of the proof key.
     """
     ticket = Ticket.decode(data)
     if (ticket.lease, ticket.tenant, ticket.donor) != (lease, tenant, donor):
         raise AccessError(f"this ticket is not for lease {lease.hex()[:8]} on donor {donor}")
+    if ticket.epoch != epoch:
+        raise AccessError(f"this ticket is for epoch {ticket.epoch} of lease {lease.hex()[:8]}, which is at {epoch}")
     if ticket.expires + CLOCK_SKEW_S < (time.time() if now is None else now):
         raise TicketExpired(f"the ticket for lease {lease.hex()[:8]} has expired; ask the broker for a new one")
     return ticket

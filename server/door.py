@@ -104,7 +104,10 @@ class Door:
         auth.check_hello(hello)
         if not isinstance(hello, TicketHello) or hello.fabric != fabric:
             raise ProtocolError(f"expected the hello of a client over {fabric}")
-        ticket = auth.check_ticket(hello.ticket, lease=self._spec.lease, tenant=self._spec.tenant, donor=self._donor)
+        spec = self._spec
+        ticket = auth.check_ticket(
+            hello.ticket, lease=spec.lease, epoch=spec.epoch, tenant=spec.tenant, donor=self._donor
+        )
         key = auth.proof_key(self._ticket_key, hello.ticket)
         asked = auth.challenge(hello, key)
         await rpc.send_message(stream, asked)

@@ -193,6 +193,7 @@ class SessionPeer:
             ticket = auth.Ticket(
                 tenant=spec.tenant,
                 lease=spec.lease,
+                epoch=spec.epoch,
                 donor=lease.donor,
                 expires=time.time() + auth.TICKET_LIFE_S,
                 uid=None,

@@ -29,7 +29,7 @@ from memfaas.errors import (
 
 
 def place(epoch: int = 1, life_s: float = 300.0, node: str = "n") -> messages.Place:
-    ticket = auth.Ticket(tenant="t", lease=b"L" * 16, donor="d", expires=time.time() + life_s, uid=None)
+    ticket = auth.Ticket(tenant="t", lease=b"L" * 16, epoch=1, donor="d", expires=time.time() + life_s, uid=None)
     return messages.Place(
         lease=b"L" * 16,
         donor="d",

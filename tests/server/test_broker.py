@@ -45,7 +45,7 @@ async def test_a_store_is_spread_and_its_tenant_finds_it(served: Served, nursery
         assert found.spec == made.spec
         assert [place.lease for place in found.places] == [place.lease for place in made.places]
         for place in found.places:
-            ticket = auth.check_ticket(place.ticket, lease=place.lease, tenant="ann", donor=place.donor)
+            ticket = auth.check_ticket(place.ticket, lease=place.lease, epoch=1, tenant="ann", donor=place.donor)
             assert ticket.uid is None
             assert place.proof_key == auth.proof_key(auth.ticket_key(SECRET, place.donor), place.ticket)
 
