@@ -164,12 +164,15 @@ class LeaseInfo(Struct, frozen=True, kw_only=True):
     """Seconds; None for a persistent store."""
     links: dict[str, int]
     """Open links by fabric, as the function last said."""
+    state: Literal["granting", "held", "moving", "missing", "lost", "dropped"] = "held"
 
 
 class StoreInfo(Struct, frozen=True, kw_only=True):
     spec: StoreSpec
     sessions: int
     lost_shards: list[int]
+    dropped: int = 0
+    """Keys that went when donors needed their memory, since the broker started (`on_reclaim="drop"`)."""
 
 
 class SessionInfo(Struct, frozen=True, kw_only=True):
