@@ -44,8 +44,9 @@ from memfaas.messages import (
 from memfaas.server import process
 from memfaas.server.lobby import Lobby
 from memfaas.server.placement import Placer
+from memfaas.server.records import Lease, Outcome, Room, Store, ToFree, ToTell
 from memfaas.server.sessions import SessionPeer
-from memfaas.server.tables import Lease, Outcome, Room, Store, Tables, ToFree, ToTell
+from memfaas.server.tables import Tables
 
 GRANT_TIMEOUT_S = 10.0
 FREE_TIMEOUT_S = 60.0

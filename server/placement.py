@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from memfaas import _native
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Kind
-from memfaas.server.tables import Room
+from memfaas.server.records import Room
 from memfaas.units import KIB, format_size
 
 SPAN = 256 * KIB

@@ -33,7 +33,7 @@ from memfaas.messages import (
     StoreOpened,
 )
 from memfaas.server import status
-from memfaas.server.tables import Lease, State, Store
+from memfaas.server.records import Lease, State, Store
 
 if TYPE_CHECKING:
     from memfaas.server.broker import Broker

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from memfaas.messages import DonorInfo, LeaseInfo, SessionInfo, StatusReport, StoreInfo
-from memfaas.server.tables import Lease, State, Store, Tables
+from memfaas.server.records import Lease, State, Store
+from memfaas.server.tables import Tables
 
 FABRICS = ["shm", "tcp"]
 """What every memory function of this version offers."""

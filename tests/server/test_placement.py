@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Kind
 from memfaas.server.placement import MAX_SHARDS, SPAN, Placer
-from memfaas.server.tables import Room
+from memfaas.server.records import Room
 from memfaas.units import GIB, MIB
 
 MIN_SHARD = 4 * MIB

@@ -8,7 +8,7 @@ import pytest
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore
 from memfaas.messages import Memory
-from memfaas.server.tables import DONOR_GRACE_S, REMEMBER_S, State, shard_lease
+from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, State, shard_lease
 from memfaas.units import MIB
 from tests.server.world import HEADROOM, TTL, World, new_id
 

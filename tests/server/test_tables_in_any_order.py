@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from memfaas.errors import LeaseLost, TransportError, UnknownStore
-from memfaas.server.tables import DONOR_GRACE_S, REMEMBER_S, Lease, Outcome, State, Tables
+from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, Lease, Outcome, State
+from memfaas.server.tables import Tables
 from memfaas.units import MIB
 from tests.server.world import TTL, World, cost, new_id, restart_ids, store_spec
 

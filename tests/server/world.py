@@ -6,7 +6,8 @@ import itertools
 from dataclasses import dataclass, field
 
 from memfaas.messages import Endpoint, HeldLease, Kind, LeaseSpec, Memory, StoreSpec
-from memfaas.server.tables import Lease, Outcome, Tables
+from memfaas.server.records import Lease, Outcome
+from memfaas.server.tables import Tables
 from memfaas.units import MIB
 
 TTL = 30.0
