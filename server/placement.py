@@ -74,8 +74,8 @@ class Placer:
         """Numbers of shards: those worth a choice, and those only for want of anything better."""
         smallest = self.cost("shard", self._min_shard)
         with_room = sum(room.free >= smallest for room in rooms)
-        most = max(1, min(MAX_SHARDS, size // self._min_shard))
-        worth = min(most, _SHARDS_PER_DONOR * max(1, with_room))
+        worth = max(1, min(MAX_SHARDS, size // self._min_shard, _SHARDS_PER_DONOR * with_room))
+        most = max(1, min(MAX_SHARDS, -(-size // self._min_shard)))
         return range(1, worth + 1), range(worth + 1, most + 1)
 
     def _try(self, size: int, shards: int, rooms: list[Room]) -> Placement | None:

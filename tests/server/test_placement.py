@@ -48,6 +48,10 @@ def test_a_large_donor_gets_several_shards_when_small_ones_cannot_keep_up() -> N
     assert shares["d0"] > shares["d1"] > 0
 
 
+def test_a_store_that_fits_only_in_more_shards_than_it_needs_gets_them() -> None:
+    assert sorted(placer.store(MIN_SHARD + 1, rooms(6 * MIB, 6 * MIB)).donors) == ["d0", "d1"]
+
+
 def test_small_stores_take_turns_on_equal_donors() -> None:
     used = Counter(placer.store(1, rooms(GIB, GIB, GIB, GIB)).donors[0] for _ in range(200))
     assert len(used) == 4
