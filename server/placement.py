@@ -2,6 +2,7 @@
 
 A store is spread over as many donors as have room, in shards of equal size, one for each donor
 where possible. Small donors do not limit large stores: then large donors get several shards.
+Spill donors, which are slow, take part only in what does not fit on the others.
 """
 
 from __future__ import annotations
@@ -48,12 +49,8 @@ class Placer:
     def store(self, size: int, rooms: list[Room]) -> Placement:
         """Raises CapacityError when the store fits nowhere, UsageError for a size that is no size."""
         _check_size("store", size)
-        few, many = self._counts(size, rooms)
-        fitting = [placement for shards in few if (placement := self._try(size, shards, rooms))]
-        if fitting:  # on the most donors, and then in the fewest shards
-            return max(fitting, key=lambda one: (len(set(one.donors)), -len(one.donors)))
-        for shards in many:
-            placement = self._try(size, shards, rooms)
+        for among in _fastest_first(rooms):
+            placement = self._store(size, among)
             if placement is not None:
                 return placement
         largest = self._largest_store(rooms)
@@ -65,10 +62,23 @@ class Placer:
     def region(self, size: int, rooms: list[Room]) -> str:
         """The donor for a region. Raises like `store`."""
         _check_size("region", size)
-        donors = _spread(1, self.cost("region", size), rooms)
-        if donors is None:
-            raise CapacityError(f"no donor has room for a region of {format_size(size)}; {_offer(rooms)}")
-        return donors[0]
+        return self.lease("region", size, rooms)
+
+    def lease(self, kind: Kind, size: int, rooms: list[Room]) -> str:
+        """The donor for one lease: the one with the most room. Raises CapacityError."""
+        for among in _fastest_first(rooms):
+            donors = _spread(1, self.cost(kind, size), among)
+            if donors is not None:
+                return donors[0]
+        raise CapacityError(f"no donor has room for a {kind} of {format_size(size)}; {_offer(rooms)}")
+
+    def _store(self, size: int, rooms: list[Room]) -> Placement | None:
+        few, many = self._counts(size, rooms)
+        fitting = [placement for shards in few if (placement := self._try(size, shards, rooms))]
+        if fitting:  # on the most donors, and then in the fewest shards
+            return max(fitting, key=lambda one: (len(set(one.donors)), -len(one.donors)))
+        tries = (self._try(size, shards, rooms) for shards in many)
+        return next((placement for placement in tries if placement is not None), None)
 
     def _counts(self, size: int, rooms: list[Room]) -> tuple[range, range]:
         """Numbers of shards: those worth a choice, and those only for want of anything better."""
@@ -103,6 +113,11 @@ def _check_size(what: str, size: int) -> None:
         raise UsageError(f"a {what} needs a size of at least one byte")
     if size > _LARGEST:
         raise CapacityError(f"no room for a {what} of {format_size(size)}; no node ever had so much memory")
+
+
+def _fastest_first(rooms: list[Room]) -> list[list[Room]]:
+    memory = [room for room in rooms if not room.spill]
+    return [memory] if len(memory) == len(rooms) else [memory, rooms]
 
 
 def _round_up(size: int) -> int:

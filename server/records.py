@@ -108,6 +108,7 @@ class Outcome:
 class Room(NamedTuple):
     donor: str
     free: int
+    spill: bool = False
 
 
 def shard_lease(store: bytes, shard: int) -> bytes:

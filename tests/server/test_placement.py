@@ -61,6 +61,20 @@ def test_a_region_goes_where_most_room_is() -> None:
     assert placer.region(10 * MIB, rooms(20 * MIB, 40 * MIB, 30 * MIB)) == "d1"
 
 
+def test_spill_donors_get_only_what_fits_nowhere_else() -> None:
+    memory = rooms(40 * MIB, 40 * MIB)
+    spill = Room("spill", GIB, spill=True)
+    assert set(placer.store(60 * MIB, [spill, *memory]).donors) == {"d0", "d1"}
+    assert "spill" in placer.store(200 * MIB, [spill, *memory]).donors
+    assert placer.region(30 * MIB, [spill, *memory]) in ("d0", "d1")
+    assert placer.region(50 * MIB, [spill, *memory]) == "spill"
+    assert placer.lease("shard", 30 * MIB, [spill, *memory]) in ("d0", "d1")
+    assert placer.lease("shard", 50 * MIB, [spill, *memory]) == "spill"
+    with pytest.raises(CapacityError, match="no donor has room for a shard of 2 GiB"):
+        placer.lease("shard", 2 * GIB, [spill, *memory])
+    assert placer.lease("shard", 30 * MIB, [spill]) == "spill"
+
+
 def test_what_does_not_fit_says_what_was_asked_and_what_there_is() -> None:
     with pytest.raises(CapacityError, match=r"store of 3 GiB.*2 donors could lend 1.5 GiB in all, 1 GiB at most"):
         placer.store(3 * GIB, rooms(GIB, GIB // 2))
