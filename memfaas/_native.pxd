@@ -7,7 +7,7 @@ cdef extern from "memfaas.h" nogil:
     enum:
         MF_SHARD, MF_REGION
         MF_MIN_SHARD, MF_MAX_KEY, MF_MAX_META, MF_MAX_MANIFEST, MF_MANIFEST
-        MF_STATE_REVOKED, MF_PARTICIPANTS
+        MF_STATE_SERVING, MF_STATE_FROZEN, MF_STATE_REVOKED, MF_PARTICIPANTS
         MF_OK, MF_ABSENT, MF_FULL, MF_TOO_LARGE, MF_SMALL_BUFFER, MF_CORRUPT, MF_TIMEOUT, MF_WAIT, MF_BAD
         MF_NEED_CONNECTION, MF_BROKEN, MF_REVOKED, MF_FROZEN, MF_STALE
     struct mf_header:
@@ -19,6 +19,7 @@ cdef extern from "memfaas.h" nogil:
         uint32_t state, pid
         uint64_t start_time
     struct mf_control:
+        uint32_t state
         mf_participant participants[1024]
     struct mf_memory:
         mf_header at
@@ -28,18 +29,31 @@ cdef extern from "memfaas.h" nogil:
     struct mf_replaced:
         uint32_t length
         uint8_t manifest[64]
+    struct mf_copy:
+        int fd
+        int64_t deadline
+        uint64_t bytes
     struct mf_stats_t "mf_stats":
         uint64_t keys, parts, used, size, free_spans, epoch, participants
 
     uint64_t mf_hash(const void *data, size_t length, uint64_t seed)
     uint64_t mf_hash_key(const void *key, size_t length, unsigned space)
     void mf_geometry(int kind, uint64_t size, mf_header *out)
-    int mf_format(int data_fd, int control_fd, const mf_header *header)
+    int mf_format(int data_fd, int control_fd, const mf_header *header, int state)
     int mf_map(mf_memory *memory, int data_fd, int control_fd, uint32_t participant)
     void mf_unmap(mf_memory *memory)
     int mf_populate(mf_memory *memory, size_t limit)
     int mf_attach(mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant)
     void mf_set_state(mf_memory *memory, uint32_t state)
+    uint64_t mf_operations(mf_memory *memory)
+    void mf_set_epoch(mf_memory *memory, uint64_t epoch)
+    void mf_copy_all(mf_memory *memory)
+    int mf_copy_written(mf_memory *memory, mf_copy *copy)
+    bint mf_drain(mf_memory *memory, int64_t deadline)
+    int mf_copy_rest(mf_memory *memory, mf_copy *copy)
+    int mf_receive(mf_memory *memory, mf_copy *copy, int data_fd)
+    uint64_t mf_punch(mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline)
+    void mf_unpunch(mf_memory *memory)
     uint32_t mf_fork_generation()
     int64_t mf_now()
     int mf_stats_of "mf_stats"(mf_memory *memory, mf_stats_t *out)

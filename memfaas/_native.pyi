@@ -48,8 +48,11 @@ def format_memory(
     store: bytes,
     shard: int,
     epoch: int,
+    arriving: bool = False,
 ) -> None:
-    """Writes the first page and the control structures into fresh (zero) memory of the right size."""
+    """Writes the first page and the control structures into fresh (zero) memory of the right size.
+
+    `arriving`: it is frozen, for `Memory.receive` to fill it."""
 
 def as_key(key: str | bytes) -> bytes:
     """As it is stored. UsageError when it is neither str nor bytes, ValueTooLarge."""
@@ -74,6 +77,32 @@ class Memory:
         (pages are then backed but not locked, and the next calls go on without locking)."""
     def revoke(self) -> None:
         """From now on every operation on any link ends as REVOKED. Then ftruncate the data."""
+    state: Literal["serving", "frozen", "revoked"]
+    def serve(self) -> None:
+        """Whoever waits for frozen memory goes on."""
+    def freeze(self) -> None:
+        """Operations that begin from now on wait."""
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until no operation is left in frozen memory; False when one is."""
+    def set_epoch(self, epoch: int) -> None: ...
+    def operations(self) -> int:
+        """How many there have been, about."""
+    def copy_all(self) -> None:
+        """Begins a copy: nothing counts as copied yet."""
+    def copy_written(self, fd: int, timeout_s: float) -> int:
+        """Sends what was written since it was copied last, while the memory is in use. Returns bytes.
+
+        OSError (like the two below): the socket broke, or time is up (ETIMEDOUT)."""
+    def copy_rest(self, fd: int, timeout_s: float) -> int:
+        """Ends the copy of memory that is frozen and drained."""
+    def receive(self, fd: int, data_fd: int, timeout_s: float) -> int:
+        """Fills `arriving` memory with such a copy, to its end; then `serve` it. EPROTO: it made no sense."""
+    def punch(self, data_fd: int, limit: int, timeout_s: float) -> int:
+        """Gives up to `limit` bytes of free spans back to the kernel; the shard has less room. Returns bytes.
+
+        Waits up to the timeout for what was freed just now."""
+    def unpunch(self) -> None:
+        """What was punched may be used again."""
     def attach(self, pid: int, start_time: int) -> int:
         """Registers a process that maps the memory; returns its participant number (>= 1).
 

@@ -68,7 +68,7 @@ def part_size(uint64_t shard_size):
 
 
 def format_memory(int data_fd, int control_fd, *, kind, uint64_t size, bytes lease, bytes store, uint64_t shard,
-                  uint64_t epoch):
+                  uint64_t epoch, bint arriving=False):
     cdef mf_header header
     cdef int error
     if len(lease) != 16 or len(store) != 16:
@@ -79,12 +79,15 @@ def format_memory(int data_fd, int control_fd, *, kind, uint64_t size, bytes lea
     header.shard = shard
     header.epoch = epoch
     with nogil:
-        error = mf_format(data_fd, control_fd, &header)
+        error = mf_format(data_fd, control_fd, &header, MF_STATE_FROZEN if arriving else MF_STATE_SERVING)
     if error:
         raise OSError(error, os.strerror(error))
 
 
 # --- the owner's side -----------------------------------------------------------------------------
+
+
+STATES = {MF_STATE_SERVING: "serving", MF_STATE_FROZEN: "frozen", MF_STATE_REVOKED: "revoked"}
 
 
 cdef class Memory:
@@ -148,6 +151,81 @@ cdef class Memory:
     def revoke(self):
         self.check()
         mf_set_state(&self.memory, MF_STATE_REVOKED)
+
+    @property
+    def state(self):
+        self.check()
+        return STATES.get(self.memory.control.state, "revoked")
+
+    def serve(self):
+        self.check()
+        mf_set_state(&self.memory, MF_STATE_SERVING)
+
+    def freeze(self):
+        self.check()
+        mf_set_state(&self.memory, MF_STATE_FROZEN)
+
+    def drain(self, double timeout_s):
+        cdef bint drained
+        cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9)
+        self.check()
+        with nogil:
+            drained = mf_drain(&self.memory, mf_now() + timeout_ns)
+        return drained
+
+    def set_epoch(self, uint64_t epoch):
+        self.check()
+        mf_set_epoch(&self.memory, epoch)
+
+    def operations(self):
+        self.check()
+        return mf_operations(&self.memory)
+
+    def copy_all(self):
+        self.check()
+        mf_copy_all(&self.memory)
+
+    def copy_written(self, int fd, double timeout_s):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+        cdef int error
+        self.check()
+        with nogil:
+            error = mf_copy_written(&self.memory, &copy)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return copy.bytes
+
+    def copy_rest(self, int fd, double timeout_s):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+        cdef int error
+        self.check()
+        with nogil:
+            error = mf_copy_rest(&self.memory, &copy)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return copy.bytes
+
+    def receive(self, int fd, int data_fd, double timeout_s):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+        cdef int error
+        self.check()
+        with nogil:
+            error = mf_receive(&self.memory, &copy, data_fd)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return copy.bytes
+
+    def punch(self, int data_fd, uint64_t limit, double timeout_s):
+        cdef uint64_t freed
+        cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9)
+        self.check()
+        with nogil:
+            freed = mf_punch(&self.memory, data_fd, limit, mf_now() + timeout_ns)
+        return freed
+
+    def unpunch(self):
+        self.check()
+        mf_unpunch(&self.memory)
 
     def attach(self, uint32_t pid, uint64_t start_time):
         cdef uint32_t participant

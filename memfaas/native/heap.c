@@ -264,6 +264,57 @@ static bool sweep(struct mf_op *op, unsigned wanted, bool *pending) {
     return freed;
 }
 
+/* Also what was freed just now becomes unassigned, if no operation keeps it for longer than the deadline. */
+bool mf_sweep(struct mf_memory *memory, int64_t deadline) {
+    struct mf_op op;
+    mf_op_begin(&op, memory, deadline - mf_now());
+    bool pending = mf_pin(&op) == MF_OK;
+    for (int64_t nap = SHORTEST_NAP_NS; pending; nap *= 2) {
+        pending = false;
+        advance_past_own_pin(&op);
+        sweep(&op, 0, &pending);
+        if (mf_now() + nap > deadline)
+            break;
+        if (pending)
+            mf_nap(nap);
+    }
+    mf_op_end(&op);
+    return !pending;
+}
+
+/* False: it is in use. */
+bool mf_take_unassigned(struct mf_memory *memory, uint32_t index, uint32_t holder) {
+    if (class_in(span_at(memory, index)) || !mf_span_hold(memory, index))
+        return false;
+    if (class_in(span_at(memory, index))) {
+        mf_span_settle(memory, index);
+        return false;
+    }
+    hint_clear(memory, 0, index);
+    atomic_store(&span_at(memory, index)->holder, holder);
+    return true;
+}
+
+/* In memory that is not served yet: what lies in a span. */
+void mf_span_adopt(struct mf_memory *memory, uint32_t index, unsigned class_, const uint64_t *alloc, bool held) {
+    struct mf_span *span = span_at(memory, index);
+    uint32_t blocks = class_ && class_ < classes ? MF_SPAN / sizes[class_] : 0, used = 0;
+    for (uint32_t w = 0; w < MF_SPAN_WORDS; w++) {
+        uint32_t left = blocks > w * 64 ? blocks - w * 64 : 0;
+        uint64_t bits = alloc[w] & (left >= 64 ? ~0ull : (1ull << left) - 1);
+        set_bits(span, w, bits);
+        used += (uint32_t)__builtin_popcountll(bits);
+    }
+    if (!used)
+        return;
+    span->used = used;
+    hint_clear(memory, 0, index);
+    atomic_store(&span->class_, class_);
+    if (held)
+        atomic_store(&span->holder, MF_REAPER);
+    else
+        mf_span_settle(memory, index);
+}
 
 /* The offset of a block, or 0: full. The operation must hold no reference into the shard. */
 uint64_t mf_alloc(struct mf_op *op, unsigned class_) {
@@ -317,6 +368,8 @@ void mf_retire(struct mf_memory *memory, uint64_t offset) {
 }
 
 void mf_release(struct mf_op *op) {
+    for (uint32_t i = 0; i < op->held_count; i++)
+        mf_note_written(op->memory, op->memory->at.heap + (uint64_t)op->held[i] * MF_SPAN, MF_SPAN);
     while (op->held_count) {
         uint32_t index = op->held[op->held_count - 1];
         op->held_count--;
@@ -330,7 +383,7 @@ void mf_heap_stats(struct mf_memory *memory, uint64_t *used, uint64_t *free_span
         struct mf_span *span = span_at(memory, index);
         unsigned class_ = class_in(span);
         if (!class_) {
-            ++*free_spans;
+            *free_spans += atomic_load_explicit(&span->holder, memory_order_relaxed) != MF_PUNCHED;
             continue;
         }
         uint32_t limbo = 0, alloc = 0;

@@ -96,13 +96,14 @@ struct mf_stripe {
     _Atomic uint64_t version;
 } __attribute__((aligned(64)));
 
-/* One running operation.
+/* One running operation, and how many this place has seen: a measure of how busy the memory is.
  * Invariant: while `word` is set to epoch e, the reclamation epoch is at most e + 1, so nothing that
  * was reachable when it was set is reused. `retiring` names the head block that is being unlinked;
  * the reaper completes it before it clears `word`. */
 struct mf_pin {
     _Atomic uint64_t word; /* epoch << 16 | participant + 1; 0 is free */
     _Atomic uint64_t retiring;
+    _Atomic uint64_t uses;
 } __attribute__((aligned(64)));
 
 /* What one tcp connection has changed, so that a client whose connection broke can ask whether its last
@@ -151,7 +152,12 @@ struct mf_control {
     struct mf_pin pins[MF_PINS];
     struct mf_participant participants[MF_PARTICIPANTS];
     struct mf_writer writers[MF_WRITERS];
-    struct mf_span spans[]; /* and then the hints: MF_CLASSES bitmaps with a bit for each span */
+    /* And then the hints: MF_CLASSES bitmaps with a bit for each span. And then a byte for each MF_SPAN
+     * of DATA: MF_EVER when it was ever written, and MF_DIRTY when since it was last copied (move.c). */
+    struct mf_span spans[];
 };
+
+#define MF_EVER 1u
+#define MF_DIRTY 2u
 
 #endif

@@ -69,6 +69,7 @@ struct mf_memory {
     uint8_t *data;
     struct mf_control *control;
     _Atomic uint64_t *hints; /* in the control memory: [class][word] */
+    _Atomic uint8_t *written; /* likewise: [chunk of MF_SPAN bytes of DATA] */
     struct mf_header at;     /* the geometry, copied and checked */
     size_t hint_words;
     size_t control_bytes;
@@ -81,12 +82,13 @@ struct mf_memory {
 
 void mf_geometry(enum mf_kind kind, uint64_t size, struct mf_header *out);
 /* 0 or an errno. */
-int mf_format(int data_fd, int control_fd, const struct mf_header *header);
+int mf_format(int data_fd, int control_fd, const struct mf_header *header, enum mf_state state);
 int mf_map(struct mf_memory *memory, int data_fd, int control_fd, uint32_t participant);
 void mf_unmap(struct mf_memory *memory);
 int mf_populate(struct mf_memory *memory, size_t limit);
 int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant);
 void mf_set_state(struct mf_memory *memory, uint32_t state);
+uint64_t mf_operations(struct mf_memory *memory); /* so far; about */
 uint32_t mf_fork_generation(void);
 
 /* --- clock and waiting ----------------------------------------------------------------------------- */
@@ -198,6 +200,7 @@ int mf_stats(struct mf_memory *memory, struct mf_stats *out);
 
 /* Regions: offsets of the user. */
 int mf_region_range(struct mf_memory *memory, uint64_t offset, uint64_t length);
+void mf_region_written(struct mf_op *op, uint64_t offset, uint64_t length); /* still pinned */
 int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t length);
 int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_t length);
 int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before);
@@ -211,7 +214,8 @@ bool mf_writer_asked(struct mf_memory *memory, uint64_t id, uint32_t number);
 void mf_writers_recover(struct mf_memory *memory); /* of a killed function, before its pins clear */
 
 /* For the reaper. */
-#define MF_REAPER 0xffffu /* holder of spans that are being put right */
+#define MF_REAPER 0xffffu  /* holder of spans that are being put right */
+#define MF_PUNCHED 0xfffeu /* of those whose memory the kernel has back (punch.c) */
 bool mf_is_linked(struct mf_memory *memory, uint64_t offset);
 void mf_retire_block(struct mf_memory *memory, uint64_t offset);
 /* Sets a bit in linked[i * MF_SPAN_WORDS ...] for each block of span spans[i] that a slot leads to. */
@@ -220,6 +224,38 @@ int mf_mark_linked(struct mf_memory *memory, const uint32_t *spans, uint32_t cou
 void mf_span_free_unlinked(struct mf_memory *memory, uint32_t span, const uint64_t *linked);
 bool mf_in_limbo(struct mf_memory *memory, uint64_t offset);
 unsigned mf_span_block(struct mf_memory *memory, uint64_t offset, uint32_t *span);
+
+/* move.c. The writer of DATA notes where, after it wrote and before it unpins. */
+static inline void mf_note_chunk(struct mf_memory *memory, uint64_t chunk) {
+    if (atomic_load_explicit(&memory->written[chunk], memory_order_relaxed) != (MF_EVER | MF_DIRTY))
+        atomic_store_explicit(&memory->written[chunk], MF_EVER | MF_DIRTY, memory_order_relaxed);
+}
+static inline void mf_note_written(struct mf_memory *memory, uint64_t offset, uint64_t length) {
+    /* The bytes must be out before we look: whoever copies clears the mark first, and then reads them. */
+    atomic_thread_fence(memory_order_seq_cst);
+    for (uint64_t chunk = offset / MF_SPAN; length && chunk <= (offset + length - 1) / MF_SPAN; chunk++)
+        mf_note_chunk(memory, chunk);
+}
+
+/* One copy of a memory to another donor, over a connected socket. 0 or an errno from all of them. */
+struct mf_copy {
+    int fd;
+    int64_t deadline;
+    uint64_t bytes; /* of DATA, so far */
+};
+void mf_copy_all(struct mf_memory *memory); /* from here on everything counts as not copied yet */
+int mf_copy_written(struct mf_memory *memory, struct mf_copy *copy);
+bool mf_drain(struct mf_memory *memory, int64_t deadline); /* frozen: no operation is left */
+int mf_copy_rest(struct mf_memory *memory, struct mf_copy *copy);
+int mf_receive(struct mf_memory *memory, struct mf_copy *copy, int data_fd);
+void mf_set_epoch(struct mf_memory *memory, uint64_t epoch);
+
+/* punch.c: up to `limit` bytes of free spans back to the kernel. */
+uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline);
+void mf_unpunch(struct mf_memory *memory);
+bool mf_sweep(struct mf_memory *memory, int64_t deadline); /* heap.c: empty spans become unassigned */
+bool mf_take_unassigned(struct mf_memory *memory, uint32_t span, uint32_t holder);
+void mf_span_adopt(struct mf_memory *memory, uint32_t span, unsigned class_, const uint64_t *alloc, bool held);
 
 /* reap.c: what a dead participant left behind. */
 void mf_reap(struct mf_memory *memory, uint32_t participant);

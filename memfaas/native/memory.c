@@ -47,6 +47,7 @@ void mf_geometry(enum mf_kind kind, uint64_t size, struct mf_header *out) {
         out->heap = MF_PAGE;
     }
     out->data_bytes = round_up(out->heap + out->size, MF_HUGE_PAGE);
+    control += out->data_bytes / MF_SPAN;
     out->control_bytes = round_up(control, MF_PAGE);
 }
 
@@ -56,7 +57,7 @@ static bool same_geometry(const struct mf_header *a, const struct mf_header *b) 
            a->heap == b->heap && a->spans == b->spans && a->part_size == b->part_size;
 }
 
-int mf_format(int data_fd, int control_fd, const struct mf_header *header) {
+int mf_format(int data_fd, int control_fd, const struct mf_header *header, enum mf_state state) {
     struct stat data_stat, control_stat;
     if (fstat(data_fd, &data_stat) || fstat(control_fd, &control_stat))
         return errno;
@@ -73,7 +74,7 @@ int mf_format(int data_fd, int control_fd, const struct mf_header *header) {
         for (uint64_t span = 0; span < header->spans; span++)
             atomic_fetch_or_explicit(&unassigned[span / 64], 1ull << span % 64, memory_order_relaxed);
     }
-    atomic_store(&control->state, MF_STATE_SERVING);
+    atomic_store(&control->state, state);
     munmap(control, header->control_bytes);
     return pwrite(data_fd, header, sizeof *header, 0) == sizeof *header ? 0 : errno ? errno : EIO;
 }
@@ -130,6 +131,7 @@ int mf_map(struct mf_memory *memory, int data_fd, int control_fd, uint32_t parti
         return error;
     }
     memory->hints = (_Atomic uint64_t *)&memory->control->spans[expected.spans];
+    memory->written = (_Atomic uint8_t *)(memory->hints + (expected.spans ? MF_CLASSES * memory->hint_words : 0));
     mf_guard_install();
     return 0;
 }
@@ -180,6 +182,19 @@ int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint3
 void mf_set_state(struct mf_memory *memory, uint32_t state) {
     atomic_store(&memory->control->state, state);
     mf_futex_wake(&memory->control->state, INT_MAX);
+}
+
+void mf_set_epoch(struct mf_memory *memory, uint64_t epoch) {
+    memory->at.epoch = epoch;
+    MF_GUARDED(memory->data, MF_PAGE, ((struct mf_header *)memory->data)->epoch = epoch, (void)0);
+}
+
+uint64_t mf_operations(struct mf_memory *memory) {
+    uint64_t operations = 0;
+    uint32_t top = atomic_load(&memory->control->pin_top);
+    for (uint32_t i = 0; i < top && i < MF_PINS; i++)
+        operations += atomic_load_explicit(&memory->control->pins[i].uses, memory_order_relaxed);
+    return operations;
 }
 
 int64_t mf_now(void) {

@@ -57,8 +57,11 @@ static int pin(struct mf_op *op) {
             }
             uint64_t word = atomic_load(&control->epoch) << 16 | (memory->participant + 1);
             op->pin = (int)index; /* first: mf_op_end must find it, whatever happens next */
-            if (atomic_compare_exchange_strong(&pin->word, &none, word))
+            if (atomic_compare_exchange_strong(&pin->word, &none, word)) {
+                uint64_t uses = atomic_load_explicit(&pin->uses, memory_order_relaxed);
+                atomic_store_explicit(&pin->uses, uses + 1, memory_order_relaxed);
                 return MF_OK;
+            }
             op->pin = -1;
         }
         if (tries >= MF_PINS) {

@@ -4,8 +4,8 @@
  *    yet; otherwise its blocks go into limbo now, if they are not there already. Its pin is still set,
  *    so no limbo bit that it set can have been harvested: setting it again is harmless.
  * 2. Its locks open. The data under them is right at every moment: a slot changes by one store.
- * 3. Its pins clear.
- * 4. Spans that it holds: a block in them that no slot leads to, and that is not in limbo, was being
+ * 3. Spans that it holds become the reaper's, and its pins clear.
+ * 4. In those spans: a block in them that no slot leads to, and that is not in limbo, was being
  *    written. Whoever unlinked a block before we looked had pinned it; once two epochs have passed, that
  *    one's limbo bit is there (or harvested), so what is then still neither linked nor in limbo is free.
  *    Nobody else takes blocks from these spans meanwhile, so nothing new becomes linked in them. */
@@ -40,6 +40,17 @@ static void open_locks(struct mf_memory *memory, uint32_t participant) {
     }
 }
 
+/* It died inside of an operation, perhaps after it wrote and before it noted where. */
+static void note_what_it_may_have_written(struct mf_memory *memory, uint32_t participant) {
+    bool pinned = false;
+    for (uint32_t i = 0; i < MF_PINS; i++) {
+        uint64_t word = atomic_load(&memory->control->pins[i].word);
+        pinned = pinned || (word && (word & 0xffff) == participant + 1);
+    }
+    if (pinned)
+        mf_note_written(memory, MF_PAGE, memory->at.kind == MF_SHARD ? memory->at.heap - MF_PAGE : memory->at.size);
+}
+
 static void clear_pins(struct mf_memory *memory, uint32_t participant) {
     for (uint32_t i = 0; i < MF_PINS; i++) {
         struct mf_pin *pin = &memory->control->pins[i];
@@ -70,11 +81,13 @@ void mf_reap(struct mf_memory *memory, uint32_t participant) {
             MF_GUARDED(memory->data, memory->at.data_bytes, mf_writers_recover(memory), (void)0);
         open_locks(memory, participant);
     }
-    clear_pins(memory, participant);
     for (uint32_t i = 0; i < memory->at.spans; i++) {
         uint32_t holder = participant + 1;
-        atomic_compare_exchange_strong(&control->spans[i].holder, &holder, MF_REAPER);
+        if (atomic_compare_exchange_strong(&control->spans[i].holder, &holder, MF_REAPER))
+            mf_note_written(memory, memory->at.heap + (uint64_t)i * MF_SPAN, MF_SPAN);
     }
+    note_what_it_may_have_written(memory, participant);
+    clear_pins(memory, participant);
     if (participant)
         atomic_store(&control->participants[participant].state, 0);
 }

@@ -16,6 +16,11 @@ static int start(struct mf_op *op, uint64_t offset, uint64_t length) {
 
 static uint8_t *at(struct mf_op *op, uint64_t offset) { return op->memory->data + op->memory->at.heap + offset; }
 
+void mf_region_written(struct mf_op *op, uint64_t offset, uint64_t length) {
+    if (op->pin >= 0)
+        mf_note_written(op->memory, op->memory->at.heap + offset, length);
+}
+
 int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t length) {
     volatile int status = start(op, offset, length);
     if (status == MF_OK)
@@ -29,6 +34,7 @@ int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes, memcpy(at(op, offset), data, length),
                    return MF_REVOKED);
+    mf_region_written(op, offset, length);
     return status;
 }
 
@@ -41,6 +47,7 @@ int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_
                        *before = expected;
                    },
                    return MF_REVOKED);
+    mf_region_written(op, offset, 8);
     return status;
 }
 
@@ -49,5 +56,6 @@ int mf_region_add(struct mf_op *op, uint64_t offset, uint64_t amount, uint64_t *
     if (status == MF_OK)
         MF_GUARDED(op->memory->data, op->memory->at.data_bytes,
                    *before = atomic_fetch_add((_Atomic uint64_t *)at(op, offset), amount), return MF_REVOKED);
+    mf_region_written(op, offset, 8);
     return status;
 }

@@ -311,6 +311,7 @@ static bool serve_region(struct mf_memory *memory, struct mf_stream *stream, con
         if (good && status == MF_OK && (status = mf_pin(&op)) == MF_OK) {
             MF_GUARDED(memory->data, memory->at.data_bytes, good = mf_stream_read(stream, at, request->value_len),
                        good = false);
+            mf_region_written(&op, request->a, request->value_len);
             mf_op_end(&op);
             break;
         }

@@ -297,6 +297,11 @@ static int reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64
     return reserve_head(op);
 }
 
+/* After the slot was stored, which is a full fence (see mf_note_written). */
+static void note_slot(struct mf_memory *memory, const mf_slot *slot) {
+    mf_note_chunk(memory, (uint64_t)((const uint8_t *)slot - memory->data) / MF_SPAN);
+}
+
 /* The slot for a new key: in the emptier of its groups, but at home while there is room to spare. */
 static mf_slot *claim_empty(struct mf_op *op, uint64_t value) {
     mf_slot *groups[2] = {group_at(op->memory, home_group(op->memory, op->hash)),
@@ -311,8 +316,10 @@ static mf_slot *claim_empty(struct mf_op *op, uint64_t value) {
             mf_slot *slot = &groups[first ^ turn][i];
             uint64_t none = 0;
             if (atomic_load_explicit(slot, memory_order_relaxed) == 0 &&
-                atomic_compare_exchange_strong(slot, &none, value))
+                atomic_compare_exchange_strong(slot, &none, value)) {
+                note_slot(op->memory, slot);
                 return slot;
+            }
         }
     return NULL;
 }
@@ -338,6 +345,7 @@ static void unlink_from(struct mf_op *op, mf_slot *slot, uint64_t value, const s
     _Atomic uint64_t *retiring = &op->memory->control->pins[op->pin].retiring;
     atomic_store(retiring, (uint64_t)((const uint8_t *)old - op->memory->data));
     atomic_store(slot, value);
+    note_slot(op->memory, slot);
     retire_block(op, old, replaced);
     atomic_store(retiring, 0);
 }

@@ -119,7 +119,7 @@ static void open_shared(struct shared *shared, bool format) {
     shared->control = memfd_create("memfaas-crash-control", MFD_CLOEXEC);
     if (ftruncate(shared->data, (off_t)geometry.data_bytes) || ftruncate(shared->control, (off_t)geometry.control_bytes))
         abort();
-    if (format && mf_format(shared->data, shared->control, &geometry))
+    if (format && mf_format(shared->data, shared->control, &geometry, MF_STATE_SERVING))
         abort();
 }
 

@@ -515,7 +515,7 @@ int main(int count, char **arguments) {
     data_fd = memfd_create("memfaas-stress-data", MFD_CLOEXEC);
     control_fd = memfd_create("memfaas-stress-control", MFD_CLOEXEC);
     if (ftruncate(data_fd, (off_t)header.data_bytes) || ftruncate(control_fd, (off_t)header.control_bytes) ||
-        mf_format(data_fd, control_fd, &header) || mf_map(&memory, data_fd, control_fd, 0))
+        mf_format(data_fd, control_fd, &header, MF_STATE_SERVING) || mf_map(&memory, data_fd, control_fd, 0))
         fail("no memory", errno, 0);
     unused = memory;
     choose_keys();

@@ -1,0 +1,66 @@
+/* Free spans go back to the kernel, and the shard keeps serving.
+ *
+ * A punched span has a holder that nobody is, so nobody takes blocks from it, and nothing reads it: a late read
+ * would bring its pages back. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+
+#include "memfaas.h"
+
+#define GROUP (MF_HUGE_PAGE / MF_SPAN) /* spans in a 2 MiB page, which comes back only as a whole */
+
+static void let_go(struct mf_memory *memory, uint32_t from, uint32_t to) {
+    for (uint32_t i = from; i < to; i++)
+        mf_span_settle(memory, i);
+}
+
+/* Takes spans [from, to), all or none. */
+static bool take(struct mf_memory *memory, uint32_t from, uint32_t to) {
+    for (uint32_t i = from; i < to; i++)
+        if (!mf_take_unassigned(memory, i, MF_PUNCHED)) {
+            let_go(memory, from, i);
+            return false;
+        }
+    return true;
+}
+
+static uint64_t cut(struct mf_memory *memory, int data_fd, uint32_t from, uint32_t to) {
+    uint64_t length = (uint64_t)(to - from) * MF_SPAN;
+    off_t offset = (off_t)(memory->at.heap + (uint64_t)from * MF_SPAN);
+    if (fallocate(data_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, (off_t)length) == 0)
+        return length;
+    let_go(memory, from, to);
+    return 0;
+}
+
+/* Runs of free spans, from the end of the heap, where there are most; those that are whole 2 MiB pages first. */
+static uint64_t punch(struct mf_memory *memory, int data_fd, uint64_t limit, uint32_t unit) {
+    uint32_t shift = unit > 1 ? (uint32_t)(memory->at.heap / MF_SPAN % unit) : 0; /* of span 0 in its page */
+    uint64_t freed = 0;
+    uint32_t to = (uint32_t)memory->at.spans;
+    to -= (to + shift) % unit;
+    while (freed < limit && to >= unit) {
+        uint32_t from = to;
+        while (from >= unit && (uint64_t)(to - from) * MF_SPAN < limit - freed && take(memory, from - unit, from))
+            from -= unit;
+        if (from < to)
+            freed += cut(memory, data_fd, from, to);
+        to = from < to ? from : to - unit;
+    }
+    return freed;
+}
+
+uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline) {
+    if (memory->at.kind != MF_SHARD)
+        return 0;
+    mf_sweep(memory, deadline);
+    uint64_t freed = punch(memory, data_fd, limit, GROUP);
+    return freed < limit ? freed + punch(memory, data_fd, limit - freed, 1) : freed;
+}
+
+void mf_unpunch(struct mf_memory *memory) {
+    for (uint32_t i = 0; i < memory->at.spans; i++)
+        if (atomic_load(&memory->control->spans[i].holder) == MF_PUNCHED)
+            mf_span_settle(memory, i);
+}
