@@ -340,6 +340,8 @@ class Reclaimed(Message, frozen=True, kw_only=True):
     seconds: float
     in_time: bool
     steps: list[FreedBytes]
+    held: int = 0
+    """Bytes that this holder has taken back in all now."""
 
 
 class Reclaim(Message, frozen=True, kw_only=True):
@@ -353,7 +355,9 @@ class Reclaim(Message, frozen=True, kw_only=True):
     deadline: float
     """Seconds from now."""
     holder: str
-    """Who needs the memory, such as `job 17`. Further requests of the same holder add up."""
+    """Who needs the memory, such as `job 17`."""
+    in_all: bool = False
+    """`size` is what this holder needs in all: what it took back before counts. Otherwise it is added."""
 
 
 class Lend(Message, frozen=True, kw_only=True):
@@ -601,6 +605,12 @@ class Unpunch(Message, frozen=True, kw_only=True):
     """Agent to function: what was cut out may be used again."""
 
     Reply = Done
+
+
+class InDoubt(Message, frozen=True, kw_only=True):
+    """Notice, function to agent: all of the lease was sent there, and no answer came."""
+
+    target: Target
 
 
 class Received(Message, frozen=True, kw_only=True):
