@@ -14,7 +14,7 @@ BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
 
 BUILD_PACKAGES := gcc libc6-dev libxxhash-dev python3-dev python3-venv
-TEST_PACKAGES := iproute2 memcached redis-server
+TEST_PACKAGES := iproute2 memcached munge redis-server slurm-wlm slurm-wlm-basic-plugins
 
 .PHONY: help install dev build demo test test-fast lint format bench peers clean
 

@@ -27,6 +27,7 @@ _COMMANDS = {
     "ls": "memfaas.cli.data:ls",
     "rm": "memfaas.cli.data:rm",
     "demo": "memfaas.cli.demo:demo",
+    "slurm": "memfaas.cli.slurm:slurm",
     "doctor": "memfaas.cli.check:doctor",
     "bench": "memfaas.bench.cli:bench",
 }

@@ -1,0 +1,126 @@
+"""What Slurm runs as a job starts and ends: `python -m memfaas.server.slurm.hook WHICH ...`.
+
+    prolog-slurmctld   once a job, on the controller: its nodes are known, and it has not begun
+    prolog             on each of its nodes, before its first step
+    epilog             on each of its nodes, when it has ended
+    epilog-slurmctld   once, on the controller, when it has ended
+
+Slurm takes a hook that fails, or that takes too long, as a reason not to start the job, and after a
+Prolog that fails it starts no more jobs on the node. So the exit status is always 0, and what went wrong is
+logged to the standard error and to syslog.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import logging.handlers
+import os
+from pathlib import Path
+
+import trio
+
+from memfaas import auth
+from memfaas.addresses import Address, parse_address
+from memfaas.errors import MemfaasError
+from memfaas.server.slurm import jobs, keys, reclaim
+
+_SYSLOG = Path("/dev/log")
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    options = _options()
+    _log_to_syslog()
+    try:
+        trio.run(_within_limit, options)
+    except Exception:  # a fault of ours; the job is not to suffer from it
+        logger.exception("the hook %s failed", options.which)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="memfaas.server.slurm.hook")
+    parser.add_argument("which", choices=["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
+    parser.add_argument("--broker", type=parse_address, required=True)
+    parser.add_argument("--secret-file", type=Path, required=True)
+    parser.add_argument("--deadline", type=float, required=True, help="seconds that a donor has to free memory")
+    parser.add_argument("--limit", type=float, required=True, help="seconds that this hook may take")
+    parser.add_argument("--runtime-dir", type=Path, required=True, help="runtime folder of the donors")
+    parser.add_argument("--keys", type=Path, help="folder for the key files of jobs; without it there are none")
+    return parser.parse_args()
+
+
+def _log_to_syslog() -> None:
+    form = logging.Formatter("memfaas: %(message)s")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if _SYSLOG.exists():
+        handlers.append(logging.handlers.SysLogHandler(str(_SYSLOG), logging.handlers.SysLogHandler.LOG_DAEMON))
+    for handler in handlers:
+        handler.setFormatter(form)
+        logging.getLogger().addHandler(handler)
+    logging.getLogger("memfaas").setLevel(logging.INFO)
+
+
+async def _within_limit(options: argparse.Namespace) -> None:
+    with trio.move_on_after(options.limit) as scope:
+        await _run(options)
+    if scope.cancelled_caught:
+        logger.warning("the hook %s gave up after its limit of %g s", options.which, options.limit)
+
+
+async def _run(options: argparse.Namespace) -> None:
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not job.isdigit():
+        logger.warning("the hook %s runs for no job: SLURM_JOB_ID is %r", options.which, job)
+        return
+    try:
+        match options.which:
+            case "prolog-slurmctld":
+                address, credentials = _broker(options)
+                await reclaim.on_controller(address, credentials, job, options.deadline)
+            case "epilog-slurmctld":
+                address, credentials = _broker(options)
+                nodes = jobs.expand(os.environ.get("SLURM_JOB_NODELIST", ""))
+                await reclaim.lend_on_controller(address, credentials, job, nodes)
+            case "prolog":
+                _write_key(options, job)
+                await _on_node(options, job)
+            case "epilog":
+                if options.keys is not None:
+                    keys.remove(options.keys, job)
+                await _on_node(options, job)
+    except MemfaasError as error:
+        logger.warning("job %s: %s: %s", job, options.which, error)
+
+
+async def _on_node(options: argparse.Namespace, job: str) -> None:
+    node = os.environ.get("SLURMD_NODENAME", "")
+    socket = options.runtime_dir / node / "agent.sock"
+    if not socket.exists():
+        return  # this node lends nothing
+    if options.which == "prolog":
+        await reclaim.on_node(socket, node, job, options.deadline)
+    else:
+        await reclaim.lend_on_node(socket, node, job)
+
+
+def _broker(options: argparse.Namespace) -> tuple[Address, auth.Credentials]:
+    secret = auth.read_secret(options.broker.secret_file or options.secret_file)
+    return options.broker, auth.Credentials.of_tenant(secret, auth.OPERATOR)
+
+
+def _write_key(options: argparse.Namespace, job: str) -> None:
+    """Before anything that may take long; without it the job finds its store, but cannot open it."""
+    if options.keys is None:
+        return
+    try:
+        secret = auth.read_secret(options.broker.secret_file or options.secret_file)
+        uid, gid = int(os.environ["SLURM_JOB_UID"]), int(os.environ["SLURM_JOB_GID"])
+        keys.write(options.keys, job, uid, gid, secret)
+    except MemfaasError as error:
+        logger.warning("job %s: no key file: %s", job, error)
+
+
+if __name__ == "__main__":
+    main()
