@@ -1,8 +1,8 @@
 """Who used how much of whose memory: byte-seconds, added up for each tenant on each donor.
 
-The ledger is told of every change and does its sums only then, so that a change costs the same
-however many leases there are. It has no clock and does no I/O of its own; `save` and `load` keep its
-sums in a file, which has the form of what `memfaas usage --json` prints.
+`Accounts` are told of every change and add up only then, so that a change costs the same however many
+leases there are. They have no clock of their own and do no I/O; `save` and `load` keep the sums in a
+file, which has the form of what `memfaas usage --json` prints.
 
 What was leased while no broker ran is in nobody's account.
 """
@@ -66,7 +66,7 @@ class _Lease:
     populated: int = 0
 
 
-class Ledger:
+class Accounts:
     """`clock` gives seconds that only go on, `wall` seconds since 1970.
 
     Every method may be told again what it knows already.
