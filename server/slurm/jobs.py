@@ -66,7 +66,7 @@ def expand(nodes: str) -> list[str]:
 
 def _words(text: str) -> Iterator[str]:
     """What stands between commas that are not in brackets."""
-    yield from (word for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text) if word)
+    yield from re.findall(r"(?:\[[^\]]*\]|[^,])+", text)
 
 
 def _expand_word(word: str) -> list[str]:

@@ -1,0 +1,75 @@
+"""What `memfaas slurm install` writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from memfaas.cli import main
+
+
+def install(folder: Path, *more: str) -> tuple[int, str, str]:
+    command = ["slurm", "install", "--dir", str(folder / "hooks"), "--slurm-conf", str(folder / "slurm.conf")]
+    done = CliRunner().invoke(main, [*command, "--broker", "127.0.0.1:1", "--runtime-dir", str(folder), *more])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_slurm_conf_gets_a_line_for_each_hook_and_a_timeout_that_is_long_enough(tmp_path: Path) -> None:
+    status, lines, _ = install(tmp_path, "--deadline", "20s")
+    assert status == 0
+    settings = dict(line.split("=", 1) for line in lines.splitlines())
+    for hook in ("PrologSlurmctld", "Prolog", "Epilog", "EpilogSlurmctld"):
+        assert os.access(settings[hook], os.X_OK)
+    assert settings["PrologFlags"] == "Alloc"
+    assert int(settings["PrologEpilogTimeout"]) > 20
+    assert "BurstBufferType" not in settings
+    assert not (tmp_path / "slurm.conf").exists()
+
+
+def test_installing_again_changes_nothing(tmp_path: Path) -> None:
+    first = install(tmp_path, "--stores")
+    before = files(tmp_path)
+    assert install(tmp_path, "--stores") == first
+    assert files(tmp_path) == before
+    assert {"hooks/prolog", "hooks/epilog-slurmctld", "burst_buffer.lua"} <= set(before)
+
+
+def test_files_of_somebody_else_stay(tmp_path: Path) -> None:
+    (tmp_path / "burst_buffer.lua").write_text("-- ours\n")
+    status, _, message = install(tmp_path, "--stores")
+    assert status == 2
+    assert "burst_buffer.lua is there already" in message
+    assert (tmp_path / "burst_buffer.lua").read_text() == "-- ours\n"
+
+
+def test_nothing_is_left_to_be_filled_in(tmp_path: Path) -> None:
+    install(tmp_path, "--stores")
+    assert [name for name, text in files(tmp_path).items() if "@" in text] == []
+
+
+@pytest.mark.parametrize("which", ["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
+def test_a_hook_succeeds_even_without_memfaas(tmp_path: Path, which: str) -> None:
+    """A node on which the installation is missing must not be drained."""
+    install(tmp_path)
+    script = tmp_path / "hooks" / which
+    script.write_text(script.read_text().replace("memfaas.server.slurm.hook", "memfaas.no_such_module"))
+    assert subprocess.run([script], env={}, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_hook_that_hangs_is_ended(tmp_path: Path) -> None:
+    install(tmp_path, "--deadline", "10ms")
+    script = tmp_path / "hooks" / "prolog"
+    text = script.read_text()
+    call = next(line for line in text.splitlines() if line.startswith("timeout "))
+    limit = call.split()[4]
+    script.write_text(text.replace(call, call[: call.index(limit)].replace("-k 1", "-k 0.1") + "0.1 sleep 1000"))
+    assert float(limit) < 10
+    assert subprocess.run([script], env={}, timeout=60).returncode == 0

@@ -1,0 +1,239 @@
+"""The hooks with brokers and donors that answer, refuse, hang, or are not there. Nothing here needs Slurm."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from memfaas import auth, rpc
+from memfaas.addresses import Address
+from memfaas.errors import BrokerUnavailable, MemfaasError, TransportError, UsageError
+from memfaas.messages import Done, FreedBytes, Lend, Message, Reclaim, Reclaimed
+from memfaas.server.slurm import ask, jobs, keys, reclaim
+from memfaas.units import MIB
+
+SECRET = secrets.token_bytes(32)
+OPERATOR = auth.Credentials.of_tenant(SECRET, auth.OPERATOR)
+NODES = {"node1": 100 * MIB, "node2": 200 * MIB, "login": 300 * MIB}
+
+
+class FakeSide:
+    """A broker, or a donor's agent, that remembers what it was asked."""
+
+    def __init__(self, held: int = 0) -> None:
+        self.asked: list[Message] = []
+        self.held = held
+        self.in_time = True
+        self.failure: MemfaasError | None = None
+
+    async def on_request(self, message: Message) -> Message:
+        self.asked.append(message)
+        if self.failure is not None:
+            raise self.failure
+        assert isinstance(message, Reclaim | Lend)
+        if message.donor == "login":
+            raise UsageError("no donor login")
+        if isinstance(message, Lend):
+            return Done()
+        return Reclaimed(
+            donor=message.donor,
+            asked=message.size,
+            freed=message.size,
+            seconds=0.1,
+            in_time=self.in_time,
+            steps=[FreedBytes(how="lost", size=1, seconds=0.1, what="shard 3 of store s")] if not self.in_time else [],
+            held=self.held,
+        )
+
+    def on_notice(self, message: Message) -> None:
+        raise AssertionError
+
+    async def as_broker(self, stream: trio.SocketStream) -> None:
+        hello = await rpc.admit(stream, SECRET)
+        assert (hello.role, hello.name) == ("session", auth.OPERATOR)
+        await self.as_agent(stream)
+
+    async def as_agent(self, stream: trio.SocketStream) -> None:
+        await rpc.Channel(stream, self, "the hook").run()
+
+
+async def tcp(nursery: trio.Nursery, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> Address:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    nursery.start_soon(trio.serve_listeners, serve, listeners)
+    return Address("127.0.0.1", listeners[0].socket.getsockname()[1])
+
+
+async def unix(nursery: trio.Nursery, path: Path, serve: Callable[[trio.SocketStream], Awaitable[None]]) -> None:
+    listener = trio.socket.socket(trio.socket.AF_UNIX)
+    await listener.bind(str(path))
+    listener.listen(8)
+    nursery.start_soon(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+
+
+@pytest.fixture(autouse=True)
+def slurm_knows_the_job(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which jobs Slurm was asked for."""
+    asked = []
+
+    async def ask_slurm(job: str) -> jobs.Job:
+        asked.append(job)
+        return jobs.Job(job, NODES)
+
+    monkeypatch.setattr(jobs, "ask", ask_slurm)
+    return asked
+
+
+async def test_every_donor_of_a_job_is_asked_for_what_the_job_may_use(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = FakeSide()
+    with caplog.at_level(logging.INFO):
+        await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+    asked = {one.donor: one for one in side.asked if isinstance(one, Reclaim)}
+    assert {name: one.size for name, one in asked.items()} == NODES
+    assert {(one.holder, one.in_all) for one in asked.values()} == {("slurm job 17", True)}
+    assert all(0 < one.deadline <= 5 for one in asked.values())
+    assert "2 of its 3 nodes are donors; 300 MiB freed" in caplog.text
+
+
+async def test_memory_that_is_late_or_lost_is_named(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
+    side = FakeSide()
+    side.in_time = False
+    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+    assert "node1 freed only 100 MiB of 100 MiB in time" in caplog.text
+    assert "node2 lost shard 3 of store s" in caplog.text
+
+
+async def test_one_donor_that_fails_does_not_hide_the_others(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = FakeSide()
+    side.failure = TransportError("it is not connected")
+    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+    assert caplog.text.count("it is not connected") == len(NODES)
+
+
+async def test_an_absent_broker_is_an_error() -> None:
+    with pytest.raises(BrokerUnavailable):
+        await reclaim.on_controller(Address("127.0.0.1", 1), OPERATOR, "17", 5)
+
+
+async def test_a_broker_that_lets_nobody_in_is_given_up(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "CONTACT_S", 0.05)
+
+    async def silent(_: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    with pytest.raises(BrokerUnavailable, match="let nobody in"):
+        await reclaim.on_controller(await tcp(nursery, silent), OPERATOR, "17", 5)
+
+
+async def test_a_broker_that_does_not_answer_is_given_up_after_the_deadline(
+    nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reclaim, "_GRACE_S", 0.05)
+
+    class Mute(FakeSide):
+        async def on_request(self, message: Message) -> Message:
+            await trio.sleep_forever()
+            raise AssertionError
+
+    await reclaim.on_controller(await tcp(nursery, Mute().as_broker), OPERATOR, "17", 0.05)
+    assert caplog.text.count("did not answer Reclaim") == len(NODES)
+
+
+async def test_a_broker_that_talks_nonsense_is_given_up(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nonsense(stream: trio.SocketStream) -> None:
+        await rpc.admit(stream, SECRET)
+        await stream.send_all(rpc.frame(b"nonsense"))
+
+    await reclaim.on_controller(await tcp(nursery, nonsense), OPERATOR, "17", 5)
+    assert caplog.text.count("the connection to the broker") == len(NODES)
+
+
+async def test_a_node_that_was_told_by_the_broker_asks_slurm_nothing(
+    nursery: trio.Nursery, tmp_path: Path, slurm_knows_the_job: list[str]
+) -> None:
+    side = FakeSide(held=100 * MIB)
+    await unix(nursery, tmp_path / "agent.sock", side.as_agent)
+    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+    assert [one.size for one in side.asked if isinstance(one, Reclaim)] == [0]
+    assert slurm_knows_the_job == []
+
+
+async def test_a_node_that_the_broker_did_not_tell_frees_the_memory_itself(
+    nursery: trio.Nursery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = FakeSide()
+    await unix(nursery, tmp_path / "agent.sock", side.as_agent)
+    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+    assert [one.size for one in side.asked if isinstance(one, Reclaim)] == [0, NODES["node1"]]
+    assert "had not heard of it from the broker" in caplog.text
+
+
+async def test_both_epilogs_lend_again_what_the_job_had(nursery: trio.Nursery, tmp_path: Path) -> None:
+    broker, agent = FakeSide(), FakeSide()
+    await unix(nursery, tmp_path / "agent.sock", agent.as_agent)
+    await reclaim.lend_on_controller(await tcp(nursery, broker.as_broker), OPERATOR, "17", NODES)
+    await reclaim.lend_on_node(tmp_path / "agent.sock", "node1", "17")
+    assert sorted(one.donor for one in broker.asked if isinstance(one, Lend)) == sorted(NODES)
+    assert agent.asked == [Lend(donor="node1", holder="slurm job 17")]
+
+
+async def test_a_dead_donors_socket_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TransportError, match="no donor answers"):
+        await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+
+
+# --- the program ----------------------------------------------------------------------------------
+
+
+def run_hook(folder: Path, which: str, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    secret = folder / "secret"
+    auth.create_secret(secret)
+    options = [
+        f"--secret-file={secret}",
+        "--broker=127.0.0.1:1",
+        "--deadline=1",
+        "--limit=5",
+        f"--runtime-dir={folder}",
+    ]
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "memfaas.server.slurm.hook", which, *options, *more],
+        env={"PATH": "/usr/bin:/bin", **variables},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize("which", ["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
+def test_a_hook_succeeds_whatever_is_missing(tmp_path: Path, which: str) -> None:
+    for variables in ({}, {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "a[", "SLURMD_NODENAME": "node1"}):
+        assert run_hook(tmp_path, which, **variables).returncode == 0
+
+
+def test_a_hook_says_why_it_could_do_nothing(tmp_path: Path) -> None:
+    done = run_hook(tmp_path, "epilog-slurmctld", SLURM_JOB_ID="17", SLURM_JOB_NODELIST="node1")
+    assert done.returncode == 0
+    assert "job 17: epilog-slurmctld: no broker answers at 127.0.0.1:1" in done.stderr
+
+
+def test_the_key_of_a_job_is_for_its_user_alone(tmp_path: Path) -> None:
+    variables = {"SLURM_JOB_ID": "17", "SLURMD_NODENAME": "node1", "SLURM_JOB_UID": "0", "SLURM_JOB_GID": "0"}
+    folder = tmp_path / "keys"
+    for _ in range(2):  # Slurm may start a job again
+        assert run_hook(tmp_path, "prolog", f"--keys={folder}", **variables).stderr == ""
+    secret = auth.read_secret(tmp_path / "secret")
+    assert auth.read_credentials(keys.path_of(folder, "17")) == auth.Credentials.of_tenant(secret, "root")
+    run_hook(tmp_path, "epilog", f"--keys={folder}", **variables)
+    assert list(folder.iterdir()) == []
