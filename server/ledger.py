@@ -1,0 +1,203 @@
+"""Who owes the node how many bytes, and which leases are about to pay.
+
+Each reclaim owes some bytes, and together they owe what leases take beyond the offer. Whatever makes
+leases smaller or the offer larger pays one of them, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import trio
+
+from memfaas.errors import UsageError
+from memfaas.messages import FreedBytes, LeaseSpec, Reclaimed, Step
+from memfaas.server.victims import Holding, Moved, describe
+
+Doing = Literal["punch", "move", "evict", "grow"]
+
+
+@dataclass(eq=False)
+class Debt:
+    """One reclaim under way."""
+
+    holder: str
+    asked: int
+    left: int
+    """Bytes that are still owed."""
+    started: float
+    deadline_s: float
+    steps: list[FreedBytes] = field(default_factory=list)
+    tried: set[bytes] = field(default_factory=set)
+    """Leases that could not be moved."""
+    stuck: set[bytes] = field(default_factory=set)
+    """Leases that could not even be evicted."""
+    ended: trio.Event = field(default_factory=trio.Event)
+    seconds: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        return self.started + self.deadline_s
+
+    def pay(self, size: int, how: Step, spec: LeaseSpec | None = None, pause: float = 0.0) -> None:
+        """Counts these bytes, which may be more than is left. After the end nothing counts any more."""
+        if size <= 0 or self.ended.is_set():
+            return
+        self.left = max(0, self.left - size)
+        self.steps.append(
+            FreedBytes(
+                how=how,
+                size=size,
+                seconds=trio.current_time() - self.started,
+                lease=spec.lease if spec is not None else b"",
+                what=describe(spec) if spec is not None else "",
+                pause=pause,
+            )
+        )
+
+    def withdraw(self, size: int) -> int:
+        """The holder needs so much less; returns how much of it was still owed."""
+        size = min(size, self.left)
+        self.left -= size
+        self.asked -= size
+        return size
+
+    def end(self) -> None:
+        self.seconds = trio.current_time() - self.started
+        self.ended.set()
+
+    def result(self, donor: str) -> Reclaimed:
+        freed = sum(one.size for one in self.steps if one.seconds <= self.deadline_s)
+        return Reclaimed(
+            donor=donor,
+            asked=self.asked,
+            freed=freed,
+            seconds=self.seconds,
+            in_time=freed >= self.asked,
+            steps=self.steps,
+        )
+
+
+@dataclass(eq=False)
+class Claim:
+    """A lease that something is being done to."""
+
+    holding: Holding
+    doing: Doing
+    debt: Debt | None
+    """Whose reclaim does it."""
+    size: int
+    """Its bytes when that began; of one that grows, those that it will have."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    ended: trio.Event = field(default_factory=trio.Event)
+    moved: Moved | None = None
+
+
+class Ledger:
+    """The account of one donor. Nothing here waits."""
+
+    def __init__(self, holdings: Callable[[], Iterable[Holding]], nominal: int) -> None:
+        self.nominal = nominal
+        self.reserved: dict[str, int] = {}
+        self.debts: list[Debt] = []
+        """The nearest deadline first."""
+        self.claims: dict[bytes, Claim] = {}
+        self._holdings = holdings
+
+    @property
+    def offered(self) -> int:
+        return max(0, self.nominal - sum(self.reserved.values()))
+
+    @property
+    def used(self) -> int:
+        """What leases take. One that is claimed counts as before until the claim is released and paid."""
+        loose = sum(one.bytes for one in self.unclaimed())
+        return loose + sum(claim.size for claim in self.claims.values())
+
+    def unclaimed(self) -> list[Holding]:
+        return [one for one in self._holdings() if one.spec.lease not in self.claims]
+
+    # --- debts ------------------------------------------------------------------------------------
+
+    def borrow(self, holder: str, size: int, deadline_s: float) -> Debt:
+        """Lowers the offer; what nobody had leased of it is paid at once. Raises UsageError."""
+        if size < 0:
+            raise UsageError(f"cannot take back {size} bytes")
+        if not 0 <= deadline_s < float("inf"):
+            raise UsageError(f"cannot take memory back within {deadline_s} seconds")
+        self.settle()
+        size = min(size, self.offered)
+        debt = Debt(holder=holder, asked=size, left=size, started=trio.current_time(), deadline_s=deadline_s)
+        self.debts.append(debt)
+        self.debts.sort(key=lambda one: one.deadline)
+        self.reserved[holder] = self.reserved.get(holder, 0) + size
+        self.settle()
+        return debt
+
+    def lend(self, holder: str, size: int | None) -> None:
+        """Raises the offer again. What was still owed to this holder is owed no more."""
+        taken = self.reserved.pop(holder, 0)
+        back = taken if size is None else min(size, taken)
+        if back < taken:
+            self.reserved[holder] = taken - back
+        for debt in reversed(self.debts):
+            if debt.holder == holder:
+                back -= debt.withdraw(back)
+        self.settle()
+
+    def end(self, debt: Debt) -> None:
+        self.debts.remove(debt)
+        debt.end()
+
+    def settle(self) -> None:
+        """Leases that became smaller without our doing, and an offer that grew, pay the nearest deadline first."""
+        surplus = sum(one.left for one in self.debts) - max(0, self.used - self.offered)
+        for debt in self.debts:
+            size = min(debt.left, max(0, surplus))
+            debt.pay(size, "unlent")
+            surplus -= size
+
+    def pay(self, debt: Debt, size: int, how: Step, spec: LeaseSpec, pause: float = 0.0) -> None:
+        """What is more than this reclaim needs is for the others; what nobody needs is shown in its own account."""
+        own = min(size, debt.left)
+        surplus = size - own
+        for other in self.debts:
+            if other is not debt:
+                share = min(other.left, surplus)
+                other.pay(share, how, spec, pause)
+                surplus -= share
+        debt.pay(own + surplus, how, spec, pause)
+
+    # --- claims -----------------------------------------------------------------------------------
+
+    def claim(self, holding: Holding, doing: Doing, debt: Debt | None) -> Claim:
+        size = holding.bytes + (holding.punched if doing == "grow" else 0)
+        claim = self.claims[holding.spec.lease] = Claim(holding, doing, debt, size)
+        return claim
+
+    def release(self, claim: Claim) -> bool:
+        """False when another claim has taken its place."""
+        lease = claim.holding.spec.lease
+        if self.claims.get(lease) is not claim:
+            return False
+        del self.claims[lease]
+        return True
+
+    def leaving(self, debt: Debt) -> int:
+        """Bytes of the leases that are leaving for this reclaim."""
+        return sum(one.size for one in self.claims.values() if one.debt is debt and one.doing in ("move", "evict"))
+
+    def need(self, debt: Debt) -> int:
+        """Bytes for which nothing is on its way out.
+
+        What leaves by itself counts, and what leaves for a reclaim that is due earlier and does not need all of it.
+        """
+        spare = sum(one.bytes for one in self.unclaimed() if one.state in ("moving", "ending"))
+        for other in self.debts:
+            balance = spare + self.leaving(other) - other.left
+            if other is debt:
+                return max(0, -balance)
+            spare = max(0, balance)
+        return 0

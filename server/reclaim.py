@@ -1,0 +1,335 @@
+"""Taking a donor's memory back by a deadline: which step when.
+
+It knows nothing of processes or pages, only `Holding`s and trio's clock: the donor and the simulation
+of a whole cluster run the same code. A lease that must leave is moved away, or dropped if its store
+asked for that; when the time comes after which the kernel could not have the bytes by the deadline,
+it is evicted, whatever state it is in.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+
+import trio
+
+from memfaas.errors import MemfaasError
+from memfaas.messages import Reclaimed, Step
+from memfaas.server.ledger import Claim, Debt, Ledger
+from memfaas.server.victims import Holding, HoldingState, Rank, choose, describe, may_drop, rank
+from memfaas.units import GIB, format_duration, format_size
+
+EVICT_RATE = 3 * GIB
+"""Bytes per second that a kernel takes back at least, in 4 KiB pages."""
+MOVES_AT_ONCE = 4
+"""For one reclaim. More only share the same link."""
+_EVICT_S = 0.02
+"""From the decision to evict until the kernel begins to free."""
+_PUNCH_S = 1.0
+"""A function that has not begun to punch by then hangs, and is passed over."""
+
+logger = logging.getLogger(__name__)
+
+
+class Reclaimer:
+    """All reclaims of one donor; `run` must be running.
+
+    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second.
+    """
+
+    def __init__(
+        self,
+        donor: str,
+        holdings: Callable[[], Iterable[Holding]],
+        *,
+        nominal: int = 0,
+        evict_rate: int = EVICT_RATE,
+        moves_at_once: int = MOVES_AT_ONCE,
+    ) -> None:
+        self._donor = donor
+        self._holdings = holdings
+        self._evict_rate = evict_rate
+        self._moves_at_once = moves_at_once
+        self._ledger = Ledger(holdings, nominal)
+        self._woken = trio.Event()
+        self._nursery: trio.Nursery
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; reclaims that go on then end with what they have."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    @property
+    def nominal(self) -> int:
+        """Bytes that the donor lends at most while nobody wants any back."""
+        return self._ledger.nominal
+
+    @nominal.setter
+    def nominal(self, size: int) -> None:
+        self._ledger.nominal = size
+        self.changed()
+
+    @property
+    def reserved(self) -> dict[str, int]:
+        """Bytes that are not lent, by who took them back."""
+        return dict(self._ledger.reserved)
+
+    @property
+    def offered(self) -> int:
+        """Bytes that the donor lends at most now."""
+        return self._ledger.offered
+
+    @property
+    def used(self) -> int:
+        """Bytes that leases take, or will when what is about to grow has grown; no lease is to be
+        granted unless it fits between this and `offered`."""
+        return self._ledger.used
+
+    async def reclaim(self, size: int, deadline_s: float, holder: str) -> Reclaimed:
+        """Lends `size` bytes less from now until `lend(holder)`, and has them free by the deadline.
+
+        More than is offered is taken as all of it. Returns when it is over; a cancelled caller does not
+        stop it. `asked` in the answer is without what the holder lent again meanwhile; `freed` may
+        be more, for leases leave whole. Raises UsageError.
+        """
+        debt = self._ledger.borrow(holder, size, deadline_s)
+        self._nursery.start_soon(self._collect, debt)
+        await debt.ended.wait()
+        return debt.result(self._donor)
+
+    def lend(self, holder: str, size: int | None = None) -> None:
+        """So many bytes of what this holder took back may be lent again, or all of it."""
+        self._ledger.lend(holder, size)
+        self.changed()
+
+    def changed(self) -> None:
+        """To be called when a lease has come or gone by itself."""
+        self._ledger.settle()
+        self._grow_back()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._woken.set()
+        self._woken = trio.Event()
+
+    # --- one reclaim --------------------------------------------------------------------------------
+
+    async def _collect(self, debt: Debt) -> None:
+        try:
+            await self._punch_all(debt)
+            while debt.left > 0:
+                woken = self._woken
+                look_again = self._take_leases(debt)
+                if look_again is None:
+                    break
+                with trio.move_on_at(look_again):
+                    await woken.wait()
+                self._ledger.settle()
+        finally:
+            self._ledger.end(debt)
+            self._grow_back()
+            self._log(debt)
+
+    def _log(self, debt: Debt) -> None:
+        done = debt.result(self._donor)
+        logger.log(
+            logging.INFO if done.in_time else logging.ERROR,
+            "donor %s: %s wanted %s within %s: %s came back in time; it took %s",
+            self._donor,
+            debt.holder,
+            format_size(done.asked),
+            format_duration(debt.deadline_s),
+            format_size(done.freed),
+            format_duration(done.seconds),
+        )
+
+    def _take_leases(self, debt: Debt) -> float | None:
+        """Starts what has to be started now. Returns when to look again; None when nothing can be done."""
+        doomed = self._doomed(debt)
+        while doomed and self._evict_at(debt, doomed) <= trio.current_time():
+            self._start_evicting(
+                debt, doomed.pop(0), "the node needs its memory now, and it could not be moved in time"
+            )
+        if doomed:
+            self._start_leaving(debt, self._evict_at(debt, doomed))
+            doomed = self._doomed(debt)  # some may be on their way to be dropped
+        if doomed:
+            return self._evict_at(debt, doomed)
+        return math.inf if self._ledger.claims else None
+
+    # --- free parts of shards -------------------------------------------------------------------------
+
+    async def _punch_all(self, debt: Debt) -> None:
+        for holding in sorted(self._ledger.unclaimed(), key=lambda one: rank(one.spec)):
+            need = self._ledger.need(debt)
+            time = self._evict_at(debt, self._doomed(debt)) - trio.current_time()
+            if need == 0 or time <= 0:
+                break
+            if holding.state == "serving" and holding.spec.lease not in self._ledger.claims:
+                # At most half of the time: one that hangs may not cost the others the time to be moved.
+                await self._punch(debt, holding, need, min(time / 2, _PUNCH_S + need / self._evict_rate))
+
+    async def _punch(self, debt: Debt, holding: Holding, size: int, patience: float) -> None:
+        claim = self._ledger.claim(holding, "punch", debt)
+        punched = 0
+        try:
+            with trio.move_on_after(patience):
+                punched = await holding.punch(size)
+        except MemfaasError as error:
+            logger.warning("nothing could be cut out of %s: %s", describe(holding.spec), error)
+        finally:
+            if self._ledger.release(claim):
+                self._ledger.pay(debt, punched, "punched", holding.spec)
+                self._ledger.settle()
+            self._wake()
+
+    def _grow_back(self) -> None:
+        """Leases get again what was cut out of them, before anybody else gets the room."""
+        ledger = self._ledger
+        if ledger.debts:
+            return
+        room = ledger.offered - ledger.used
+        punched = [one for one in ledger.unclaimed() if one.punched > 0 and one.state == "serving"]
+        for holding in sorted(punched, key=lambda one: rank(one.spec), reverse=True):
+            if holding.punched <= room:
+                room -= holding.punched
+                self._nursery.start_soon(self._unpunch, ledger.claim(holding, "grow", None))
+
+    async def _unpunch(self, claim: Claim) -> None:
+        try:
+            await claim.holding.unpunch()
+        except MemfaasError as error:
+            logger.warning("what was cut out of %s stays so: %s", describe(claim.holding.spec), error)
+        finally:
+            self._ledger.release(claim)
+            self._ledger.settle()
+            self._wake()
+
+    # --- whole leases, while there is time --------------------------------------------------------------
+
+    def _start_leaving(self, debt: Debt, deadline: float) -> None:
+        """Has victims moved or dropped, as many at the same time as may be."""
+
+        def order(holding: Holding) -> tuple[bool, Rank]:
+            # What has not come yet loses nothing: it stays where it is.
+            return holding.state != "arriving", rank(holding.spec)
+
+        able = [
+            one
+            for one in self._ledger.unclaimed()
+            if one.state in ("serving", "arriving") and one.spec.lease not in debt.tried | debt.stuck
+        ]
+        victims = choose(able, self._ledger.need(debt), order)
+        moving = sum(claim.debt is debt and claim.doing == "move" for claim in self._ledger.claims.values())
+        # Large ones first: then the small ones may turn out not to be needed.
+        for victim in sorted(victims, key=lambda one: one.bytes, reverse=True):
+            if victim.state == "arriving":
+                self._start_evicting(debt, victim, "the node that it was to come to needs the memory")
+            elif may_drop(victim.spec):
+                self._start_evicting(debt, victim, "the node needs its memory")
+            elif moving < self._moves_at_once:
+                moving += 1
+                self._nursery.start_soon(self._move, debt, self._ledger.claim(victim, "move", debt), deadline)
+
+    async def _move(self, debt: Debt, claim: Claim, deadline: float) -> None:
+        spec = claim.holding.spec
+        try:
+            with claim.scope:
+                claim.moved = await claim.holding.move(deadline)
+        except MemfaasError as error:
+            logger.warning("%s stays here: %s", describe(spec), error)
+            debt.tried.add(spec.lease)
+        finally:
+            claim.ended.set()
+            if self._ledger.release(claim):
+                if claim.moved is not None:
+                    self._ledger.pay(debt, claim.size, _how(claim), spec, claim.moved.pause)
+                self._ledger.settle()
+            self._wake()
+
+    # --- at the deadline --------------------------------------------------------------------------------
+
+    def _doomed(self, debt: Debt) -> list[Holding]:
+        """What must go, in this order, if nothing else pays before the deadline."""
+        claims = self._ledger.claims
+        present = {one.spec.lease: one for one in self._holdings() if one.bytes > 0}
+        # Evicted ones, and moved ones whose memory is free already.
+        as_good_as_paid = sum(
+            claim.size
+            for lease, claim in claims.items()
+            if claim.debt is debt and (claim.doing == "evict" or lease not in present)
+        )
+
+        def order(holding: Holding) -> tuple[int, Rank]:
+            claim = claims.get(holding.spec.lease)
+            if holding.state == "arriving":
+                place = 0
+            elif claim is None:
+                place = 1 if holding.state in ("moving", "ending") else 2
+            else:  # rather what leaves for us anyway than what leaves for another reclaim
+                place = 1 if claim.debt is debt else 3
+            return place, rank(holding.spec)
+
+        able = [
+            one
+            for lease, one in present.items()
+            if lease not in debt.stuck and (lease not in claims or claims[lease].doing != "evict")
+        ]
+        return sorted(choose(able, debt.left - as_good_as_paid, order), key=order)
+
+    def _evict_at(self, debt: Debt, doomed: list[Holding]) -> float:
+        """When the first of them must go, so that the kernel has the bytes of the last by the deadline.
+
+        It frees one after the other, so what is due later must not come too late for that either.
+        """
+        begin = math.inf
+        for other in reversed(self._ledger.debts):
+            going = doomed if other is debt else self._doomed(other)
+            end = min(begin, other.deadline - _EVICT_S)
+            begin = end - sum(one.bytes for one in going) / self._evict_rate
+            if other is debt:
+                break
+        return begin
+
+    def _start_evicting(self, debt: Debt, holding: Holding, reason: str) -> None:
+        before = self._ledger.claims.get(holding.spec.lease)
+        claim = self._ledger.claim(holding, "evict", debt)
+        self._nursery.start_soon(self._evict, debt, claim, holding.state, before, reason)
+
+    async def _evict(self, debt: Debt, claim: Claim, state: HoldingState, before: Claim | None, reason: str) -> None:
+        spec = claim.holding.spec
+        try:
+            keys = await claim.holding.evict(reason)
+        except MemfaasError as error:
+            logger.error("%s could not be evicted: %s", describe(spec), error)
+            debt.stuck.add(spec.lease)
+            self._ledger.release(claim)
+            self._wake()
+            return
+        if before is not None and before.doing == "move":
+            before.scope.cancel()
+            await before.ended.wait()
+        if before is not None and before.moved is not None:  # it had just made it
+            how, pause = _how(before), before.moved.pause
+        else:
+            how, pause = _how_it_went(claim, state), 0.0
+        if how == "lost":
+            logger.error("%s is lost: %s", describe(spec), reason)
+        elif how == "dropped":
+            logger.info("%s is dropped with %d keys: %s", describe(spec), keys, reason)
+        if self._ledger.release(claim):
+            self._ledger.pay(debt, claim.size, how, spec, pause)
+        self._wake()
+
+
+def _how(claim: Claim) -> Step:
+    return "spilled" if claim.moved is not None and claim.moved.spill else "migrated"
+
+
+def _how_it_went(claim: Claim, state: HoldingState) -> Step:
+    """A lease that was over, or had not come yet, loses nothing."""
+    if state in ("arriving", "ending"):
+        return "unlent"
+    return "dropped" if may_drop(claim.holding.spec) else "lost"
