@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import trio
 
-from memfaas import messages
+from memfaas import auth, messages
 from memfaas._native import USER, ShmLink, as_key
 from memfaas.client.keeper import WouldBlock, no_waiting
 from memfaas.client.session import Session, connect
@@ -122,6 +122,17 @@ class AsyncSession:
 
     async def status(self) -> messages.StatusReport:
         return await _in_thread(self._session.status)
+
+    async def usage(self) -> messages.UsageReport:
+        return await _in_thread(self._session.usage)
+
+    async def reclaim(
+        self, donor: str, size: str | int, deadline: str | float = "500ms", holder: str = auth.OPERATOR
+    ) -> messages.Reclaimed:
+        return await _in_thread(self._session.reclaim, donor, size, deadline, holder)
+
+    async def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
+        await _in_thread(self._session.lend, donor, holder)
 
 
 class AsyncStore:

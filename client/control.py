@@ -59,6 +59,12 @@ class Holder(Protocol):
     def on_gone(self, lease: bytes, reason: str) -> None:
         """A lease is over, and its memory with it."""
 
+    def on_dropped(self, lease: bytes, reason: str) -> None:
+        """All that was in a lease is gone, as its store asked for; it is granted anew when it is next used."""
+
+    def on_moved(self, place: messages.Place) -> None:
+        """A lease is served there now."""
+
 
 class Control:
     """One session's connection to the broker. `run` keeps it; `request` may wait for it."""
@@ -156,8 +162,11 @@ class Control:
         raise ProtocolError(f"a session answers no {type(message).__name__}")
 
     def on_notice(self, message: messages.Message) -> None:
-        if isinstance(message, messages.LeaseGone):
-            self._holder.on_gone(message.lease, message.reason)
+        if isinstance(message, messages.LeaseMoved):
+            self._holder.on_moved(message.place)
+        elif isinstance(message, messages.LeaseGone):
+            tell = self._holder.on_gone if message.dropped is None else self._holder.on_dropped
+            tell(message.lease, message.reason)
 
     @property
     def _where(self) -> str:
@@ -171,8 +180,8 @@ class Control:
 
     # --- using it -----------------------------------------------------------------------------------
 
-    async def request(self, message: messages.Message, reply: type[R], timeout_s: float) -> R:
-        """Asks the broker, over the next connection too when this one breaks.
+    async def request(self, message: messages.Message, reply: type[R], timeout_s: float, *, once: bool = False) -> R:
+        """Asks the broker, over the next connection too when this one breaks, unless `once`.
 
         Raises the broker's error; BrokerUnavailable when it stays away; DeadlineExceeded.
         """
@@ -184,7 +193,7 @@ class Control:
             except (DeadlineExceeded, ProtocolError):
                 raise
             except TransportError:
-                if not channel.closed:  # the broker's own answer
+                if once or not channel.closed:  # else it is the broker's own answer
                     raise
             if self._channel is channel:
                 await self._change(message, deadline)

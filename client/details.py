@@ -13,7 +13,7 @@ class ShardDetails:
 
     donor: str
     fabric: str | None
-    """How it is reached: `shm` or `tcp`; None when it is lost or out of reach."""
+    """How it is reached: `shm` or `tcp`; None when it is lost, out of reach, or dropped and not granted anew."""
     fallback: str | None
     """Why it is not reached over shm, although it is on this node."""
     trouble: str | None
@@ -27,7 +27,7 @@ class ShardDetails:
 
 @dataclass(frozen=True)
 class StoreDetails:
-    """A store, as seen from this process. Sizes are in bytes; lost shards count as empty."""
+    """A store, as seen from this process. Sizes are in bytes; shards out of reach count as empty."""
 
     name: str
     tenant: str
@@ -35,6 +35,8 @@ class StoreDetails:
     used: int
     keys: int
     persistent: bool
+    dropped: int | None
+    """Keys that went with shards whose donors needed the memory; None when the broker is away."""
     shards: list[ShardDetails]
     compression: CompressionStats | None
     """What compression did in this process; None for a store without it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,6 +105,21 @@ class ControlLoop:
             self._token.run_sync_soon(function)
         except trio.RunFinishedError:
             raise ClosedError("the session is closed") from None
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Calls it in the loop's thread after so long, unless the loop ends before. Never waits."""
+
+        async def wait() -> None:
+            await trio.sleep(delay_s)
+            action()
+
+        def start() -> None:
+            assert self._nursery is not None
+            with suppress(RuntimeError):  # the nursery has closed, and the loop is about to end
+                self._nursery.start_soon(wait)
+
+        with suppress(ClosedError):
+            self._soon(start)
 
     def stop(self, join_s: float) -> None:
         """Ends the session with the broker, and the thread. May be called more than once."""

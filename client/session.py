@@ -19,8 +19,8 @@ from memfaas.client.loop import ControlLoop
 from memfaas.client.region import Region
 from memfaas.client.store import Store
 from memfaas.config import ClientSettings, load_settings
-from memfaas.errors import ClosedError, MemfaasError, UsageError
-from memfaas.units import parse_size
+from memfaas.errors import ClosedError, MemfaasError, TransportError, UsageError
+from memfaas.units import GIB, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from memfaas.addresses import Address
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from memfaas.fabric import Choice
 
 _CLOSE_S = 3.0
+_DETAIL_S = 2.0
+_SLOWEST_FREE = GIB
+"""Bytes per second: memory in 4 KiB pages comes back some times faster than that."""
 
 R = TypeVar("R", bound=messages.Message)
 
@@ -227,6 +230,40 @@ class Session:
         """
         return self._request(messages.Status(), messages.StatusReport)
 
+    def usage(self) -> messages.UsageReport:
+        """Who used how much of whose memory, in byte-seconds: this tenant's part, or all for the tenant `operator`.
+
+        Raises BrokerUnavailable, DeadlineExceeded.
+        """
+        return self._request(messages.AskUsage(), messages.UsageReport)
+
+    def reclaim(
+        self, donor: str, size: str | int, deadline: str | float = "500ms", holder: str = auth.OPERATOR
+    ) -> messages.Reclaimed:
+        """Takes memory back from a donor: it lends so much less, until `lend` with the same `holder`.
+
+        donor: its name.
+        size: bytes, or like "2GiB"; more than it lends is taken as all of it.
+        deadline: seconds, or like "500ms", by which the kernel shall have it. What is in the memory moves to
+            other donors, as far as that can be done in time. Then the memory goes, whatever is in it.
+        holder: who needs it. What one holder asks for adds up.
+
+        Only the tenant `operator` may. What it returns says whether it was in time, how the memory came free,
+        and what was lost. Raises AccessError, UsageError; and BrokerUnavailable, TransportError,
+        DeadlineExceeded, of which only the first means that nothing was done.
+        """
+        seconds, amount = parse_duration(deadline), parse_size(size)
+        patience = seconds + self.timeout + amount / _SLOWEST_FREE
+        message = messages.Reclaim(donor=donor, size=amount, deadline=seconds, holder=holder)
+        return self._request(message, messages.Reclaimed, timeout_s=patience, once=True)
+
+    def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
+        """A donor may lend again what this holder took back from it. Nothing happens if it took nothing.
+
+        Only the tenant `operator` may. Raises AccessError, UsageError, BrokerUnavailable, DeadlineExceeded.
+        """
+        self._request(messages.Lend(donor=donor, holder=holder), messages.Done)
+
     def close(self) -> None:
         """Ends the session. Its leases are freed at once. Closing twice does nothing."""
         with self._lock:
@@ -259,6 +296,20 @@ class Session:
     def locate(self, lease: bytes, timeout_s: float) -> messages.Place:
         """Where a lease is now, with a fresh ticket. Raises LeaseLost, BrokerUnavailable and others."""
         return self._request(messages.Locate(lease=lease), messages.Located, timeout_s=timeout_s).place
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Calls it in the control thread after so long, unless the session has ended by then."""
+        loop = self._loop
+        if loop is not None:
+            loop.later(delay_s, action)
+
+    def dropped(self, spec: messages.StoreSpec) -> int | None:
+        """How many keys of a store were dropped; None when the broker cannot be asked now."""
+        try:
+            report = self._request(messages.Status(), messages.StatusReport, timeout_s=min(self.timeout, _DETAIL_S))
+        except TransportError:
+            return None
+        return next((one.dropped for one in report.stores if one.spec.store == spec.store), None)
 
     def close_store(self, store: Store) -> None:
         with self._lock:
@@ -300,12 +351,14 @@ class Session:
         reply: type[R],
         then: Callable[[Control, R], object] | None = None,
         timeout_s: float | None = None,
+        once: bool = False,
     ) -> R:
         """Asks the broker. `then` is called with the answer in the control thread, before anything else."""
         control = (loop := self._running()).control
 
         async def ask() -> R:
-            answer = await control.request(message, reply, self.timeout if timeout_s is None else timeout_s)
+            patience = self.timeout if timeout_s is None else timeout_s
+            answer = await control.request(message, reply, patience, once=once)
             if then is not None:
                 then(control, answer)
             return answer
@@ -363,6 +416,16 @@ class Session:
         keeper = self._keepers.get(lease)
         if keeper is not None:
             keeper.lose(reason)
+
+    def on_dropped(self, lease: bytes, reason: str) -> None:
+        keeper = self._keepers.get(lease)
+        if keeper is not None:
+            keeper.drop(reason)
+
+    def on_moved(self, place: messages.Place) -> None:
+        keeper = self._keepers.get(place.lease)
+        if keeper is not None:
+            keeper.moved(place)
 
     # --- fork and exit --------------------------------------------------------------------------------
 

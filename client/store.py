@@ -93,6 +93,8 @@ class Store(StoreCore):
             self._session,
             current=lambda: self._get_link(shard),
             install=lambda link: self._set_link(shard, link),
+            lost=ValueLost,
+            cache=self.spec.on_reclaim == "drop",
         )
 
     @property
@@ -180,7 +182,7 @@ class Store(StoreCore):
     def keys(self, prefix: str | bytes = b"") -> list[bytes]:
         """All keys that begin so, each once, in no order.
 
-        Keys that are put or deleted meanwhile may be listed or not. LeaseLost when a shard is lost.
+        Keys that are put or deleted meanwhile may be listed or not. ValueLost when a shard is lost.
         """
         start = as_key(prefix)
         return list(
@@ -209,7 +211,10 @@ class Store(StoreCore):
         self._parts.sweep()
 
     def info(self) -> StoreDetails:
-        """Sizes, keys, and how each shard is reached. Asks every shard; one that is lost is said to be so."""
+        """Sizes, keys, and how each shard is reached. Asks every shard, and says of one that is lost why.
+
+        Asks the broker too, when the store is a cache (on_reclaim="drop"), how many keys were dropped.
+        """
         shards = [self._shard_details(shard) for shard in range(self.spec.shards)]
         return StoreDetails(
             name=self.spec.name,
@@ -218,6 +223,7 @@ class Store(StoreCore):
             used=sum(shard.used for shard in shards),
             keys=sum(shard.keys for shard in shards),
             persistent=self.spec.persistent,
+            dropped=self._session.dropped(self.spec) if self.spec.on_reclaim == "drop" else 0,
             shards=shards,
             compression=self._compressor.stats if self._compressor else None,
         )
@@ -232,6 +238,8 @@ class Store(StoreCore):
             raise
         except MemfaasError as error:
             trouble = str(error)
+        if keeper.vacant is not None:
+            stats, trouble = {}, keeper.vacant
         link = self._get_link(shard)
         return ShardDetails(
             donor=keeper.place.donor,
@@ -261,7 +269,7 @@ class Store(StoreCore):
 
     def fabrics(self) -> dict[str, int]:
         """Shards by how they are reached now."""
-        links = [self._get_link(shard) for shard in range(self.spec.shards)]
+        links = [self._get_link(shard) for shard in range(self.spec.shards) if self.keepers[shard].vacant is None]
         return dict(Counter(link.fabric for link in links if link is not None))
 
     # --- the rare paths of the native core ------------------------------------------------------------
@@ -361,6 +369,8 @@ class Store(StoreCore):
                 return _Entry(view, meta, entry.flags & ~FLAG_MANIFEST, whole=True)
             except PartMissing:
                 if manifest.id == missed:
+                    if self.spec.on_reclaim == "drop":
+                        raise KeyAbsent(f"a part of {key[:100]!r} in store {self.spec.name!r} was dropped") from None
                     raise ValueLost(
                         f"a part of {key[:100]!r} in store {self.spec.name!r} is gone; put the value again"
                     ) from None

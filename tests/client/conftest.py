@@ -15,7 +15,7 @@ from memfaas._native import Memory, ShmLink, format_memory, geometry
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
 from memfaas.client.store import Store
-from memfaas.errors import LeaseLost
+from memfaas.errors import LeaseLost, MemfaasError
 from memfaas.units import MIB
 
 NOWHERE = messages.Endpoint(node="", unix_path="", host="", port=0)
@@ -29,12 +29,22 @@ class Bench:
     timeout: float = 1.0
     located: int = 0
     closed_stores: list[Store] = field(default_factory=list)
+    refusal: MemfaasError = field(default_factory=lambda: LeaseLost("it is over"))
+    """Its broker's answer."""
+    timers: list[Callable[[], None]] = field(default_factory=list)
+    dropped_keys: int | None = 0
 
     def ensure_open(self) -> None: ...
 
     def locate(self, lease: bytes, timeout_s: float) -> messages.Place:
         self.located += 1
-        raise LeaseLost("it is over")
+        raise self.refusal
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.timers.append(action)
+
+    def dropped(self, spec: messages.StoreSpec) -> int | None:
+        return self.dropped_keys
 
     def close_store(self, store: Store) -> None:
         self.closed_stores.append(store)
@@ -75,7 +85,12 @@ def a_place(size: int, kind: messages.Kind = "shard") -> messages.Place:
 def make_local() -> Iterator[Callable[..., Local]]:
     descriptors: list[int] = []
 
-    def make(shards: int = 2, shard_size: int = 4 * MIB, compression: messages.Compression = "none") -> Local:
+    def make(
+        shards: int = 2,
+        shard_size: int = 4 * MIB,
+        compression: messages.Compression = "none",
+        on_reclaim: messages.OnReclaim = "migrate",
+    ) -> Local:
         spec = messages.StoreSpec(
             store=secrets.token_bytes(16),
             name="local",
@@ -85,7 +100,7 @@ def make_local() -> Iterator[Callable[..., Local]]:
             shard_size=shard_size,
             persistent=False,
             compression=compression,
-            on_reclaim="migrate",
+            on_reclaim=on_reclaim,
         )
         places = [a_place(shard_size) for _ in range(shards)]
         session: Any = Bench()

@@ -82,6 +82,8 @@ class Holds:
     stores: list[bytes] = field(default_factory=list)
     leases: list[bytes] = field(default_factory=list)
     gone: list[tuple[bytes, str]] = field(default_factory=list)
+    dropped: list[tuple[bytes, str]] = field(default_factory=list)
+    moved: list[messages.Place] = field(default_factory=list)
 
     def holdings(self) -> Holdings:
         return Holdings(list(self.stores), list(self.leases))
@@ -91,6 +93,12 @@ class Holds:
 
     def on_gone(self, lease: bytes, reason: str) -> None:
         self.gone.append((lease, reason))
+
+    def on_dropped(self, lease: bytes, reason: str) -> None:
+        self.dropped.append((lease, reason))
+
+    def on_moved(self, place: messages.Place) -> None:
+        self.moved.append(place)
 
 
 @asynccontextmanager
@@ -247,6 +255,48 @@ async def test_the_brokers_errors_are_raised_and_not_asked_again(error: Exceptio
             await control.request(messages.OpenStore(name="x", size=None), messages.StoreOpened, 5)
         assert len(script.of(messages.OpenStore)) == 1
         assert script.connections == 1
+
+
+async def test_what_must_be_asked_once_is_not_asked_again_after_a_break() -> None:
+    script = Script(silent=False)
+    async with script.listening() as address, connected(address, Holds()) as control:
+        request = messages.Reclaim(donor="d", size=1, deadline=1, holder="h")
+
+        def hang_up() -> messages.Message:
+            assert script.channel is not None
+            trio.lowlevel.spawn_system_task(script.channel.aclose)
+            raise TransportError("never sent")
+
+        script.answers[messages.Reclaim] = hang_up
+        with pytest.raises(TransportError):
+            await control.request(request, messages.Reclaimed, 30, once=True)
+        await until(lambda: script.connections == 2)
+        assert len(script.of(messages.Reclaim)) == 1
+
+
+async def test_leases_that_move_end_or_are_dropped_are_told_apart() -> None:
+    script, holds = Script(), Holds()
+    place = messages.Place(
+        lease=LEASE,
+        donor="d",
+        epoch=2,
+        kind="shard",
+        size=1,
+        endpoint=messages.Endpoint(node="n", unix_path="/x", host="h", port=1),
+        ticket=b"t",
+        proof_key=b"k",
+    )
+    async with script.listening() as address, connected(address, holds):
+        assert script.channel is not None
+        await script.channel.notify(messages.LeaseMoved(place=place))
+        await script.channel.notify(messages.LeaseGone(lease=LEASE, reason="a job needs it", dropped=7))
+        await script.channel.notify(messages.LeaseGone(lease=LEASE, reason="it is over"))
+        await until(lambda: holds.gone)
+    assert (holds.moved, holds.dropped, holds.gone) == (
+        [place],
+        [(LEASE, "a job needs it")],
+        [(LEASE, "it is over")],
+    )
 
 
 async def test_a_broker_with_another_secret_is_not_waited_for() -> None:

@@ -18,6 +18,7 @@ from memfaas.client.keeper import Keeper, WouldBlock, no_waiting
 from memfaas.errors import (
     AccessError,
     BrokerUnavailable,
+    CapacityError,
     ClosedError,
     DeadlineExceeded,
     FabricUnavailable,
@@ -25,7 +26,9 @@ from memfaas.errors import (
     MemfaasError,
     TicketExpired,
     TransportError,
+    ValueLost,
 )
+from memfaas.fabric import empty
 
 
 def place(epoch: int = 1, life_s: float = 300.0, node: str = "n") -> messages.Place:
@@ -53,12 +56,23 @@ class World:
         self.installed = 0
         self.asked = 0
         self.opened: list[messages.Place] = []
+        self.choices: list[fabric.Choice] = []
+        self.timers: list[Callable[[], None]] = []
         self.dialled = 0
         self.located: Callable[[], messages.Place] = lambda: place(epoch=2)
         self.opening: Callable[[messages.Place], Any] = lambda where: TcpLink(1.0)
         monkeypatch.setattr(fabric, "open_link", self._open)
         monkeypatch.setattr(fabric.tcp, "dial", self._dial)
-        self.keeper = Keeper("shard 0", place(), self, current=lambda: self.link, install=self._install)
+        self.keeper = self.keep()
+
+    def keep(self, *, lost: type[LeaseLost] = LeaseLost, cache: bool = False) -> Keeper:
+        self.keeper = Keeper(
+            "shard 0", place(), self, current=lambda: self.link, install=self._install, lost=lost, cache=cache
+        )
+        return self.keeper
+
+    def later(self, delay_s: float, action: Callable[[], None]) -> None:
+        self.timers.append(action)
 
     def ensure_open(self) -> None:
         if self.closed:
@@ -74,6 +88,7 @@ class World:
 
     def _open(self, where: messages.Place, choice: fabric.Choice, deadline: float, timeout_s: float) -> fabric.Opened:
         self.opened.append(where)
+        self.choices.append(choice)
         return fabric.Opened(self.opening(where))
 
     def _dial(self, where: messages.Place, deadline: float) -> int:
@@ -313,3 +328,213 @@ def test_a_shard_that_no_donor_held_is_asked_for(world: World) -> None:
     world.keeper.mend(NEED_CONNECTION, 1)
     assert world.asked == 1
     assert world.keeper.place.epoch == 2
+
+
+# --- leases that move -----------------------------------------------------------------------------
+
+
+def test_a_move_that_was_told_needs_no_broker(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    world.keeper.moved(place(epoch=2))
+    world.keeper.mend(REVOKED, 1)
+    assert [where.epoch for where in world.opened] == [1, 2]
+    assert world.asked == 0
+
+
+def test_a_second_move_within_a_moment_is_followed_too(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    for epoch in (2, 3, 4):
+        world.keeper.moved(place(epoch=epoch))
+        world.keeper.mend(REVOKED, 1)
+    assert [where.epoch for where in world.opened] == [1, 2, 3, 4]
+    assert world.asked == 0
+
+
+def test_no_older_place_takes_the_newest_ones_place(world: World) -> None:
+    world.keeper.moved(place(epoch=5))
+    world.keeper.moved(place(epoch=4))
+    assert world.keeper.place.epoch == 5
+    world.located = lambda: place(epoch=4)
+    world.opening = failing(FabricUnavailable("refused"), None)
+    world.keeper.mend(BROKEN, 1)
+    assert world.keeper.place.epoch == 5
+    assert [where.epoch for where in world.opened] == [5, 5]
+
+
+def test_the_broker_is_asked_until_it_knows_where_revoked_memory_went(world: World) -> None:
+    """It hears of the new place a moment after the old one was taken away."""
+    answers = [place(epoch=1), place(epoch=1), place(epoch=2)]
+    world.located = lambda: answers.pop(0)
+    world.keeper.mend(NEED_CONNECTION, 1)
+    world.keeper.mend(REVOKED, 1)
+    world.keeper.mend(REVOKED, 2)
+    assert [where.epoch for where in world.opened] == [1, 2]
+
+
+def test_memory_that_was_revoked_and_is_nowhere_else_is_an_error_at_the_deadline(world: World) -> None:
+    world.located = lambda: place(epoch=1)
+    world.keeper.mend(NEED_CONNECTION, 1)
+    with pytest.raises(TransportError, match="shard 0 has left donor d"):
+        world.keeper.mend(REVOKED, 2)
+    assert [where.epoch for where in world.opened] == [1]
+
+
+def test_who_waits_for_frozen_memory_goes_on_when_it_has_moved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 300.0)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 300.0)
+    world = World(monkeypatch, timeout=600.0)
+    world.keeper.mend(NEED_CONNECTION, 1)
+    waiting = threading.Thread(target=world.keeper.mend, args=(FROZEN, 1), daemon=True)
+    waiting.start()
+    world.keeper.moved(place(epoch=2))
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert [where.epoch for where in world.opened] == [1, 2]
+    assert world.asked == 0
+
+
+def test_who_asks_the_broker_in_vain_goes_on_when_the_move_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 300.0)
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 300.0)
+    world = World(monkeypatch, timeout=600.0)
+    world.located = lambda: place(epoch=1)
+    world.keeper.mend(NEED_CONNECTION, 1)
+
+    def operate() -> None:
+        world.keeper.mend(REVOKED, 1)  # it has just been mended
+        world.keeper.mend(REVOKED, 2)
+
+    waiting = threading.Thread(target=operate, daemon=True)
+    waiting.start()
+    while not world.asked:
+        assert waiting.is_alive()
+        time.sleep(0.001)
+    world.keeper.moved(place(epoch=2))
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert (world.asked, world.keeper.place.epoch) == (1, 2)
+
+
+def test_frozen_memory_that_stays_is_tried_again_as_it_is(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    for attempt in (1, 2, 3):
+        world.keeper.mend(FROZEN, attempt)
+    assert (world.installed, world.asked) == (1, 0)
+
+
+def test_what_was_frozen_long_is_not_taken_for_a_link_that_keeps_failing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    for attempt in range(1, 6):
+        world.keeper.mend(FROZEN, attempt)
+    monkeypatch.setattr(Keeper, "_pause", failing(AssertionError("it waits once more")))
+    world.keeper.mend(REVOKED, 6)  # it has just been mended
+    world.keeper.mend(REVOKED, 7)
+    assert world.keeper.place.epoch == 2
+
+
+def test_a_move_finds_a_lost_lease_again(world: World) -> None:
+    world.keeper.lose("donor d is gone")
+    world.keeper.moved(place(epoch=2))
+    assert world.keeper.gone is None
+    world.keeper.mend(NEED_CONNECTION, 1)
+    assert world.asked == 0
+
+
+def test_a_further_connection_goes_to_where_the_lease_is_now(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    world.keeper.moved(place(epoch=2))
+    world.keeper.mend(NEED_CONNECTION, 1)
+    assert world.dialled == 0
+    assert [where.epoch for where in world.opened] == [1, 2]
+
+
+def test_an_operation_in_doubt_over_tcp_is_not_continued_over_another_fabric(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    world.keeper.mend(BROKEN, 1)
+    world.keeper.mend(BROKEN, 2)
+    world.keeper.moved(place(epoch=3))
+    world.keeper.mend(REVOKED, 3)
+    assert world.choices == ["auto", "tcp", "tcp"]
+    time.sleep(world.timeout)  # by then it has ended
+    world.keeper.moved(place(epoch=4))
+    world.keeper.mend(REVOKED, 1)
+    assert world.choices[-1] == "auto"
+
+
+# --- leases that are lost, and caches -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_lost_shard_is_a_lost_value(world: World, told: bool) -> None:
+    def over() -> messages.Place:
+        raise LeaseLost("it is over")
+
+    keeper = world.keep(lost=ValueLost)
+    world.located = over
+    if told:
+        keeper.lose("donor d needed its memory")
+    with pytest.raises(ValueLost, match=r"shard 0 is lost: .*(over|needed)"):
+        keeper.mend(REVOKED, 1)
+
+
+def test_a_functions_word_that_the_lease_is_over_is_a_lost_value_too(world: World) -> None:
+    keeper = world.keep(lost=ValueLost)
+    world.opening = failing(LeaseLost("not here"))
+    with pytest.raises(ValueLost, match="shard 0 is lost: not here"):
+        keeper.mend(BROKEN, 1)
+
+
+def no_room() -> messages.Place:
+    raise CapacityError("no donor has room")
+
+
+def test_a_dropped_shard_is_granted_anew_when_it_is_used(world: World) -> None:
+    keeper = world.keep(cache=True)
+    keeper.mend(NEED_CONNECTION, 1)
+    keeper.drop("a job needs the memory")
+    assert world.link is None
+    keeper.mend(NEED_CONNECTION, 1)
+    assert (world.asked, keeper.place.epoch, keeper.gone) == (1, 2, None)
+
+
+def test_a_dropped_shard_that_no_donor_has_room_for_is_empty_for_a_while(world: World) -> None:
+    keeper = world.keep(cache=True)
+    keeper.mend(NEED_CONNECTION, 1)
+    world.located = no_room
+    keeper.drop("a job needs the memory")
+    for asked in (1, 2):
+        keeper.mend(NEED_CONNECTION, 1)
+        assert world.link is empty.full_link()
+        assert keeper.vacant == "no donor has room"
+        assert world.asked == asked
+        world.timers.pop()()
+        assert [world.link, keeper.vacant].count(None) == 2
+    world.located = lambda: place(epoch=2)
+    keeper.mend(NEED_CONNECTION, 1)
+    assert isinstance(world.link, TcpLink)
+    assert world.timers == []
+
+
+def test_a_shard_that_has_memory_again_is_told(world: World) -> None:
+    keeper = world.keep(cache=True)
+    world.located = no_room
+    keeper.mend(REVOKED, 1)
+    links = [world.link]
+    keeper.moved(place(epoch=2))
+    links.append(world.link)
+    assert links == [empty.full_link(), None]
+    keeper.mend(NEED_CONNECTION, 1)
+    (again,) = world.timers
+    again()
+    assert isinstance(world.link, TcpLink)
+    assert world.asked == 1
+
+
+def test_only_a_cache_is_empty_for_want_of_room(world: World) -> None:
+    world.located = no_room
+    with pytest.raises(CapacityError):
+        world.keeper.mend(REVOKED, 1)
