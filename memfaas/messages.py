@@ -21,6 +21,7 @@ VERSION = 1
 Kind = Literal["shard", "region"]
 OnReclaim = Literal["migrate", "drop"]
 Compression = Literal["none", "lz4"]
+LeaseState = Literal["granting", "held", "moving", "missing", "lost", "dropped"]
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,7 +165,7 @@ class LeaseInfo(Struct, frozen=True, kw_only=True):
     """Seconds; None for a persistent store."""
     links: dict[str, int]
     """Open links by fabric, as the function last said."""
-    state: Literal["granting", "held", "moving", "missing", "lost", "dropped"] = "held"
+    state: LeaseState = "held"
 
 
 class StoreInfo(Struct, frozen=True, kw_only=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import msgspec
+
 from memfaas.messages import Kind, LeaseSpec, StoreSpec
 from memfaas.server.records import (
     DONOR_GRACE_S,
@@ -22,11 +24,25 @@ from memfaas.server.records import (
     shard_lease,
 )
 
+Standing = Callable[[str, int, int], tuple[int, bool]]
+"""Of a tenant, the bytes that it has leased and those that it asks for: their priority, and whether they
+are beyond its quota."""
+
+
+def _alike(_tenant: str, _leased: int, _more: int) -> tuple[int, bool]:
+    return 0, False
+
 
 class Book:
     """See `memfaas.server.tables`, of which this is the lowest part."""
 
-    def __init__(self, clock: Callable[[], float], ttl: float, cost: Callable[[Kind, int], int]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        ttl: float,
+        cost: Callable[[Kind, int], int],
+        standing: Standing = _alike,
+    ) -> None:
         self.ttl = ttl
         self.donors: dict[str, Donor] = {}
         self.leases: dict[bytes, Lease] = {}
@@ -35,6 +51,7 @@ class Book:
         self.names: dict[tuple[str, str], bytes] = {}
         self._clock = clock
         self._cost = cost
+        self._standing = standing
         self._complete_at = clock() + DONOR_GRACE_S
         """From then on, what no donor has shown does not exist."""
         self._ended: set[bytes] = set()
@@ -68,10 +85,46 @@ class Book:
         )
 
     def _begin(self, spec: LeaseSpec, donor: str) -> Lease:
-        lease = Lease(spec, self._cost(spec.kind, spec.size), donor, State.GRANTING)
+        cost = self._cost(spec.kind, spec.size)
+        leased = sum(lease.cost for lease in self.leases.values() if lease.spec.tenant == spec.tenant and lease.donor)
+        priority, borrowed = self._standing(spec.tenant, leased, cost)
+        lease = Lease(msgspec.structs.replace(spec, priority=priority, borrowed=borrowed), cost, "", State.GRANTING)
+        lease.issued = spec.epoch
         self.leases[spec.lease] = lease
-        self.donors[donor].leases.add(spec.lease)
+        self._put(lease, self.donors[donor])
         return lease
+
+    # --- where a lease is -----------------------------------------------------------------------
+
+    def _put(self, lease: Lease, donor: Donor) -> None:
+        """It is with this donor, and with no other."""
+        self._take(lease)
+        lease.donor = donor.name
+        donor.leases.add(lease.spec.lease)
+        donor.over.pop(lease.spec.lease, None)
+        donor.left.discard(lease.spec.lease)
+
+    def _take(self, lease: Lease) -> Donor | None:
+        """It is with no donor; returns the one that it was with."""
+        donor = self.donors.get(lease.donor)
+        if donor is not None:
+            donor.leases.discard(lease.spec.lease)
+        lease.donor = ""
+        return donor
+
+    def _must_free(self, donor: Donor, lease: bytes, cost: int, reason: str) -> Outcome:
+        donor.over.setdefault(lease, (cost, self._clock() + REMEMBER_S))
+        return Outcome(free=[ToFree(donor.name, lease, reason)])
+
+    def _end_move(self, lease: Lease) -> Donor | None:
+        """Nothing is on its way any more; returns the donor to which it was."""
+        move, lease.moving = lease.moving, None
+        donor = None if move is None else self.donors.get(move.donor)
+        if donor is not None:
+            donor.arriving.discard(lease.spec.lease)
+        return donor
+
+    # --- ends -----------------------------------------------------------------------------------
 
     def _is_over(self, lease: bytes) -> bool:
         return lease in self._ended or any(lease in donor.over for donor in self.donors.values())
@@ -86,28 +139,36 @@ class Book:
         session = self.sessions.get(lease.spec.session)
         if session is not None:
             session.regions.discard(identity)
-        donor = self.donors.get(lease.donor)
-        if donor is not None:
-            donor.leases.discard(identity)
-            donor.over[identity] = (lease.cost, self._clock() + REMEMBER_S)
-            outcome.free.append(ToFree(donor.name, identity, reason))
+        holder = self.donors.get(lease.donor)
+        if holder is not None:
+            holder.leases.discard(identity)
+        for donor in (holder, self._end_move(lease)):
+            if donor is not None:
+                outcome += self._must_free(donor, identity, lease.cost, reason)
         return outcome
+
+    def _users(self, lease: Lease) -> list[Session]:
+        spec = lease.spec
+        if spec.store is not None:
+            return [self.sessions[user] for user in self.stores[spec.store.store].sessions]
+        session = self.sessions.get(spec.session)
+        return [session] if session is not None and spec.lease in session.regions else []
 
     def _tell(self, lease: Lease, reason: str) -> Outcome:
         """Whoever holds the lease learns that it is gone: at once, or else at the next renewal."""
-        spec = lease.spec
-        users = {spec.session} if spec.store is None else self.stores[spec.store.store].sessions
         outcome = Outcome()
-        for user in users:
-            session = self.sessions.get(user)
-            if session is not None and (spec.store is not None or spec.lease in session.regions):
-                session.gone.append(spec.lease)
-                outcome.tell.append(ToTell(user, spec.lease, reason))
+        for session in self._users(lease):
+            session.gone.append(lease.spec.lease)
+            outcome.tell.append(ToTell(session.session, lease.spec.lease, reason))
         return outcome
 
     def _lose(self, lease: Lease, reason: str) -> Outcome:
         """The lease's memory is gone, or out of reach. A store lives on with what is left of it."""
         if lease.state is State.LOST:
+            return Outcome()
+        if lease.moving is not None:  # then perhaps the copy has come: its donor is heard first
+            self._take(lease)
+            lease.state, lease.endpoint, lease.links = State.MISSING, NOWHERE, {}
             return Outcome()
         if lease.spec.store is None:
             return self._end(lease, reason)
@@ -132,13 +193,32 @@ class Book:
 
     def rooms(self) -> list[Room]:
         """What each connected donor could lend now, by its last report and by what was granted since."""
-        return [Room(donor.name, self._free(donor)) for donor in self.donors.values() if donor.connected]
+        return [self._room(donor) for donor in self.donors.values() if donor.connected]
+
+    def rooms_for(self, lease: Lease) -> list[Room]:
+        """The same, where a copy of this lease could go, or the lease itself if nobody has it."""
+        identity = lease.spec.lease
+        source = self.donors.get(lease.donor)
+        return [
+            self._room(donor)
+            for donor in self.donors.values()
+            if donor.connected
+            and donor is not source
+            and identity not in donor.over  # it may still have an older copy
+            and identity not in donor.arriving
+            and not (donor.spill and source is not None and source.spill)
+        ]
+
+    def _room(self, donor: Donor) -> Room:
+        return Room(donor.name, self._free(donor), donor.spill)
 
     def _free(self, donor: Donor) -> int:
         held = [self.leases[identity] for identity in donor.leases]
+        arriving = [self.leases[identity] for identity in donor.arriving]
         over = sum(cost for cost, _ in donor.over.values())
-        taken = sum(lease.cost for lease in held) + over
+        taken = sum(lease.cost for lease in held + arriving) + over
         unseen = sum(lease.cost for lease in held if lease.state is State.GRANTING)
+        unseen += sum(lease.cost for lease in arriving if lease.moving is not None and not lease.moving.ready)
         memory = donor.memory
         unpopulated = max(0, memory.leased - memory.populated) + unseen
         return max(0, min(memory.offered - taken, memory.available - memory.headroom - unpopulated))

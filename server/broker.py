@@ -1,29 +1,29 @@
 """The broker: knows donors and leases, places, grants, renews, and ends what is not renewed.
 
-`Tables` has the rules, `memfaas.server.sessions` what sessions may ask; here are the connections,
-the talk with donors, and the waiting. The broker keeps nothing on disk: for a moment after its start
-it waits for donors and sessions of an earlier life, before it says that something does not exist.
+`Tables` has the rules, `memfaas.server.sessions` what sessions may ask, `memfaas.server.donors` what
+donors may; here are the connections, the grants, and the waiting. The broker keeps nothing on disk:
+for a moment after its start it waits for donors and sessions of an earlier life, before it says that
+something does not exist.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
-from memfaas import _accept, auth, rpc
+from memfaas import auth, rpc
 from memfaas.addresses import Address
 from memfaas.config import BrokerSettings
 from memfaas.errors import (
-    AccessError,
     CapacityError,
     ClosedError,
     LeaseLost,
     MemfaasError,
-    ProtocolError,
     TransportError,
     UsageError,
 )
@@ -33,8 +33,10 @@ from memfaas.messages import (
     Freed,
     Grant,
     Granted,
+    HeldLease,
     Hello,
     LeaseGone,
+    LeaseMoved,
     Message,
     OpenStore,
     Register,
@@ -42,9 +44,11 @@ from memfaas.messages import (
     StoreSpec,
 )
 from memfaas.server import process
+from memfaas.server.donors import DonorPeer
 from memfaas.server.lobby import Lobby
 from memfaas.server.placement import Placer
-from memfaas.server.records import Lease, Outcome, Room, Store, ToFree, ToTell
+from memfaas.server.places import place_of
+from memfaas.server.records import Lease, Outcome, Room, State, Store, ToDirect, ToFree, ToTell
 from memfaas.server.sessions import SessionPeer
 from memfaas.server.tables import Tables
 
@@ -109,7 +113,7 @@ class Broker:
             await trio.aclose_forcefully(stream)
 
     async def _serve(self, stream: trio.SocketStream, hello: Hello, peer: str) -> None:
-        handler = SessionPeer(self, hello.name) if hello.role == "session" else _DonorPeer(self, hello.name)
+        handler = SessionPeer(self, hello.name) if hello.role == "session" else DonorPeer(self, hello.name)
         handler.channel = rpc.Channel(stream, handler, peer)
         try:
             await handler.channel.run()
@@ -133,7 +137,7 @@ class Broker:
         if name in self._donors:
             raise UsageError(f"a donor named {name!r} is connected already; each needs a name of its own")
         self._donors[name] = channel
-        outcome = self.tables.register(name, message.node, message.host, message.memory, message.held)
+        outcome = self.tables.register(name, message.node, message.host, message.memory, message.held, message.spill)
         logger.info("donor %s at %s: registered, holds %d leases", name, message.host, len(message.held))
         if message.held:
             self.saw_earlier_life()
@@ -150,12 +154,16 @@ class Broker:
             self.announce()
 
     def donor_reported(self, name: str, report: DonorReport) -> None:
-        self.tables.report(name, report.memory, report.links)
+        self.tables.report(name, report)
         self.announce()
 
     def donor_lost(self, name: str, notice: LeaseGone) -> None:
         logger.warning("lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
-        self.in_background(self.tables.lost(name, notice.lease, notice.reason))
+        self.in_background(self.tables.lost(name, notice.lease, notice.reason, notice.dropped))
+
+    def lease_arrived(self, name: str, held: HeldLease) -> None:
+        logger.info("lease %s: arrived at donor %s, epoch %d", held.spec.lease.hex()[:8], name, held.spec.epoch)
+        self.in_background(self.tables.arrived(name, held))
 
     def saw_earlier_life(self) -> None:
         """Somebody knows this broker from before: others will be back soon, too."""
@@ -259,13 +267,48 @@ class Broker:
         if session not in self.tables.sessions:
             raise ClosedError("the session was closed")
 
-    async def _place(self, choose: Callable[[list[Room]], T], excluded: set[str]) -> T:
+    async def regrant(self, lease: Lease) -> None:
+        """A shard that was dropped gets memory anew, and is empty. Raises CapacityError, TransportError."""
+        excluded: set[str] = set()
+        rounds = 0
+        while lease.state is State.DROPPED:
+            donor = await self.place_lease(lease, excluded)
+            if lease.state is not State.DROPPED or self.tables.leases.get(lease.spec.lease) is not lease:
+                return  # somebody was quicker, or its store is over
+            self.tables.begin_again(lease, donor)
+            failure = await self._grant([lease], excluded)
+            if failure is None:
+                logger.info("lease %s: granted anew on %s", lease.spec.lease.hex()[:8], donor)
+                self.announce()
+                return
+            await self.carry_out(self.tables.not_begun_again(lease, f"it could not be granted: {failure}"))
+            rounds += 1
+            if rounds == _GRANT_ROUNDS:
+                raise failure
+
+    async def place_lease(self, lease: Lease, excluded: set[str], until: float = math.inf) -> str:
+        """A donor for a lease that nobody has, or for a copy of one. Raises CapacityError."""
+        return await self._place(
+            lambda rooms: self.placer.lease(lease.spec.kind, lease.spec.size, rooms),
+            excluded,
+            lambda: self.tables.rooms_for(lease),
+            until,
+        )
+
+    async def _place(
+        self,
+        choose: Callable[[list[Room]], T],
+        excluded: set[str],
+        rooms: Callable[[], list[Room]] | None = None,
+        until: float = math.inf,
+    ) -> T:
         """Waits a moment for room while donors are on their way back."""
-        limit = trio.current_time() + RETURN_S
+        limit = min(until, trio.current_time() + RETURN_S)
+        rooms = rooms or self.tables.rooms
         while True:
             changed = self._changed
             try:
-                return choose([room for room in self.tables.rooms() if room.donor not in excluded])
+                return choose([room for room in rooms() if room.donor not in excluded])
             except CapacityError as error:
                 failure = error
             with trio.move_on_at(min(limit, self._donors_back_by())) as scope:
@@ -282,26 +325,27 @@ class Broker:
         """Asks the donors of all the leases at once; returns one of the failures, if there are any."""
         failures: list[MemfaasError] = []
 
-        async def grant(lease: Lease) -> None:
+        async def grant(lease: Lease, donor: str) -> None:
             try:
-                granted = await self._ask(lease.donor, Grant(spec=lease.spec), Granted, GRANT_TIMEOUT_S)
+                granted = await self.ask(donor, Grant(spec=lease.spec), Granted, GRANT_TIMEOUT_S)
             except MemfaasError as error:
-                logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], lease.donor, error)
+                logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], donor, error)
                 failures.append(error)
                 if not isinstance(error, CapacityError):  # then its next report says what it has
-                    excluded.add(lease.donor)
+                    excluded.add(donor)
                 return
-            if not self.tables.granted(lease.donor, lease.spec.lease, granted.endpoint, granted.memory):
+            if not self.tables.granted(donor, lease.spec.lease, granted.endpoint, granted.memory):
                 # Its end was told to the donor perhaps before the donor had begun.
-                await self._free(ToFree(lease.donor, lease.spec.lease, "it ended while it was being granted"))
+                await self._free(ToFree(donor, lease.spec.lease, "it ended while it was being granted"))
                 failures.append(LeaseLost(f"lease {lease.spec.lease.hex()[:8]} ended while it was being granted"))
 
         async with trio.open_nursery() as nursery:
             for lease in leases:
-                nursery.start_soon(grant, lease)
+                nursery.start_soon(grant, lease, lease.donor)
         return failures[0] if failures else None
 
-    async def _ask(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
+    async def ask(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
+        """Asks a donor. Raises what it answers, TransportError, DeadlineExceeded."""
         channel = self._donors.get(donor)
         if channel is None:
             raise TransportError(f"donor {donor} is not connected")
@@ -310,10 +354,12 @@ class Broker:
     # --- ending ---------------------------------------------------------------------------------
 
     async def carry_out(self, outcome: Outcome) -> None:
-        """Says to donors and sessions what has ended. A donor that is away is told when it comes back."""
+        """Says to donors and sessions what has ended or moved. A donor that is away is told when it comes back."""
         async with trio.open_nursery() as nursery:
             for telling in outcome.tell:
                 nursery.start_soon(self._tell, telling)
+            for directing in outcome.moved:
+                nursery.start_soon(self._direct, directing)
             for freeing in outcome.free:
                 nursery.start_soon(self._free, freeing)
         self.announce()
@@ -322,12 +368,23 @@ class Broker:
         self._nursery.start_soon(self.carry_out, outcome)
 
     async def _tell(self, telling: ToTell) -> None:
-        channel = self._sessions.get(telling.session)
+        """One that is away hears of it from its next renewal."""
+        notice = LeaseGone(lease=telling.lease, reason=telling.reason, dropped=telling.dropped)
+        await self._notify(telling.session, notice)
+
+    async def _direct(self, directing: ToDirect) -> None:
+        """One that is away asks when it does not find the lease where it was."""
+        lease = self.tables.leases.get(directing.lease)
+        if lease is not None and lease.state is State.HELD:
+            await self._notify(directing.session, LeaseMoved(place=place_of(lease, self.secret)))
+
+    async def _notify(self, session: bytes, notice: Message) -> None:
+        channel = self._sessions.get(session)
         if channel is None:
-            return  # its next renewal tells it
+            return
         try:
             with trio.move_on_after(NOTICE_TIMEOUT_S):
-                await channel.notify(LeaseGone(lease=telling.lease, reason=telling.reason))
+                await channel.notify(notice)
         except TransportError:
             pass
 
@@ -342,39 +399,6 @@ class Broker:
             await channel.aclose()  # when it registers again it is told once more
         else:
             self.tables.freed(freeing.donor, freeing.lease, freed.memory)
-
-
-class _DonorPeer:
-    """What donors may ask and say."""
-
-    channel: rpc.Channel
-
-    def __init__(self, broker: Broker, name: str) -> None:
-        self._broker = broker
-        self._name = name
-        self._registered = False
-
-    async def on_request(self, message: Message) -> Message:
-        if not isinstance(message, Register) or self._registered:
-            raise ProtocolError(f"a donor does not ask {type(message).__name__} now")
-        if message.donor != _accept.donor_name(self._name):
-            raise AccessError(f"donor {self._name!r} registers as {message.donor!r}")
-        reply = self._broker.donor_opened(message, self.channel)
-        self._registered = True
-        return reply
-
-    def on_notice(self, message: Message) -> None:
-        if not self._registered:
-            raise ProtocolError("a donor registers first")
-        if isinstance(message, DonorReport):
-            self._broker.donor_reported(self._name, message)
-        elif isinstance(message, LeaseGone):
-            self._broker.donor_lost(self._name, message)
-        else:
-            raise ProtocolError(f"a donor does not say {type(message).__name__}")
-
-    def ended(self) -> None:
-        self._broker.donor_ended(self._name, self.channel)
 
 
 async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = process.announce) -> None:

@@ -6,74 +6,128 @@ import math
 
 import msgspec
 
-from memfaas.messages import Endpoint, HeldLease, LeaseSpec, Memory
-from memfaas.server.book import Book
+from memfaas.messages import DonorReport, Endpoint, HeldLease, LeaseSpec, Memory
+from memfaas.server.moves import Moves
 from memfaas.server.records import (
     DONOR_GRACE_S,
+    MOVE_MARGIN_S,
     REMEMBER_S,
     Donor,
     Lease,
     Outcome,
     State,
     Store,
-    ToFree,
+    ToDirect,
     shard_lease,
     short,
 )
 
 
-class Holdings(Book):
+class Registry(Moves):
     """See `memfaas.server.tables`, of which this is a part."""
 
-    def register(self, name: str, node: str, host: str, memory: Memory, held: list[HeldLease]) -> Outcome:
+    def register(
+        self, name: str, node: str, host: str, memory: Memory, held: list[HeldLease], spill: bool = False
+    ) -> Outcome:
         """A donor connects and says what it holds. `Outcome.free` has what it must drop."""
         donor = self.donors.get(name)
         if donor is None:
             donor = self.donors[name] = Donor(name, node, host, memory)
-        donor.node, donor.host, donor.memory = node, host, memory
+        donor.node, donor.host, donor.memory, donor.spill = node, host, memory, spill
         donor.connected, donor.lost_at = True, math.inf
-        now = self._clock()
         identities = {one.spec.lease for one in held}
         donor.over = {lease: past for lease, past in donor.over.items() if lease in identities}
+        donor.left &= identities
         outcome = Outcome()
         for one in held:
-            if not self._learn(donor, one):
-                donor.over.setdefault(one.spec.lease, (self._cost(one.spec.kind, one.spec.size), now + REMEMBER_S))
-                outcome.free.append(ToFree(name, one.spec.lease, "it is over"))
+            outcome += self._show(donor, one)
         for identity in list(donor.leases - identities):
-            lease = self.leases[identity]
-            outcome += self._without_donor(lease, f"donor {name} no longer holds it")
+            outcome += self._without_donor(self.leases[identity], f"donor {name} no longer holds it")
+        for identity in donor.arriving:  # it may still be waiting for it
+            move = self.leases[identity].moving
+            if move is not None:
+                move.until = self._clock() + move.timeout + MOVE_MARGIN_S
         return outcome
+
+    def arrived(self, name: str, held: HeldLease) -> Outcome:
+        """A donor has all of a lease that another one sent; that one knows it, and frees its own by itself."""
+        identity = held.spec.lease
+        known = self.leases.get(identity)
+        source = None if known is None else self.donors.get(known.donor)
+        outcome = self._show(self.donors[name], held)
+        if source is not None and identity in source.over:
+            source.left.add(identity)
+            outcome.free = [one for one in outcome.free if one.donor != source.name]
+        return outcome
+
+    def _show(self, donor: Donor, held: HeldLease) -> Outcome:
+        """What a donor holds counts, or else it must free it. A copy that is older now is to be freed, too."""
+        spec = held.spec
+        known = self.leases.get(spec.lease)
+        previous = None if known is None else self.donors.get(known.donor)
+        was_told_otherwise = known is not None and (
+            known.state in (State.LOST, State.DROPPED)
+            or (known.state is State.MISSING and known.moving is not None)
+            or (previous is not None and previous is not donor)
+        )
+        lease = self._learn(donor, held)
+        if lease is None:
+            return self._must_free(donor, spec.lease, self._cost(spec.kind, spec.size), "it is over, or elsewhere")
+        outcome = Outcome()
+        if previous is not None and previous is not donor:
+            outcome += self._must_free(previous, spec.lease, lease.cost, f"it is with donor {donor.name} now")
+        if was_told_otherwise:
+            for session in self._users(lease):
+                session.gone = [one for one in session.gone if one != spec.lease]
+                outcome.moved.append(ToDirect(session.session, spec.lease))
+        return outcome
+
+    def _learn(self, donor: Donor, held: HeldLease) -> Lease | None:
+        """Takes over what a donor holds; None when it must not hold it."""
+        spec = held.spec
+        lease = self.leases.get(spec.lease)
+        if lease is None:
+            if self._is_over(spec.lease):
+                return None
+            lease = self._learn_shard(spec) if spec.store is not None else self._learn_region(spec)
+        elif not self._is_newest(lease, donor, spec.epoch):
+            return None
+        if lease is None or lease.spec.tenant != spec.tenant or lease.cost != self._cost(spec.kind, spec.size):
+            return None
+        if lease.moving is not None and spec.epoch >= lease.moving.epoch:
+            self._end_move(lease)
+        self._put(lease, donor)
+        lease.state, lease.endpoint = State.HELD, held.endpoint
+        lease.spec = msgspec.structs.replace(
+            lease.spec,
+            epoch=max(lease.spec.epoch, spec.epoch),  # it may have to settle first
+            priority=spec.priority,
+            borrowed=spec.borrowed,
+        )
+        if lease.spec.store is not None:
+            lease.until = math.inf
+        return lease
+
+    @staticmethod
+    def _is_newest(lease: Lease, donor: Donor, epoch: int) -> bool:
+        match lease.state:
+            case State.GRANTING:
+                return False
+            case State.HELD if lease.donor == donor.name:
+                return True
+            case State.LOST if lease.donor == donor.name:
+                return True
+            case State.HELD | State.DROPPED:
+                return epoch > lease.spec.epoch
+            case State.MISSING | State.LOST:
+                return epoch >= lease.spec.epoch
 
     def _without_donor(self, lease: Lease, reason: str) -> Outcome:
         """The donor itself says that the memory is no more: nothing is left for it to free."""
         if lease.state is State.GRANTING:
             return Outcome()  # the grant is about to fail, and whoever asked for it cleans up
-        donor = self.donors[lease.donor]
-        donor.leases.discard(lease.spec.lease)
-        lease.donor = ""
+        self._take(lease)
         return self._lose(lease, reason)
-
-    def _learn(self, donor: Donor, held: HeldLease) -> bool:
-        """Takes over what a donor holds; False when it must not hold it."""
-        spec = held.spec
-        lease = self.leases.get(spec.lease)
-        if lease is None:
-            if self._is_over(spec.lease):
-                return False
-            lease = self._learn_shard(spec) if spec.store is not None else self._learn_region(spec)
-        elif lease.state is State.GRANTING or (lease.state is State.HELD and lease.donor != donor.name):
-            return False
-        if lease is None or lease.spec.tenant != spec.tenant or lease.cost != self._cost(spec.kind, spec.size):
-            return False
-        previous = self.donors.get(lease.donor)
-        if previous is not None:
-            previous.leases.discard(spec.lease)
-        lease.donor, lease.state, lease.endpoint = donor.name, State.HELD, held.endpoint
-        if lease.spec.store is not None:
-            lease.until = math.inf
-        donor.leases.add(spec.lease)
-        return True
 
     def _learn_region(self, spec: LeaseSpec) -> Lease:
         lease = Lease(spec, self._cost(spec.kind, spec.size), "", State.MISSING, until=self._clock() + self.ttl)
@@ -123,38 +177,55 @@ class Holdings(Book):
         donor.connected = False
         donor.away_since = self._clock()
         donor.lost_at = donor.away_since + DONOR_GRACE_S
-        if not donor.leases and not donor.over:
+        for identity in donor.arriving:
+            move = self.leases[identity].moving
+            if move is not None:
+                move.until = donor.lost_at
+        if not donor.leases and not donor.over and not donor.arriving:
             del self.donors[name]
 
-    def report(self, name: str, memory: Memory, links: dict[bytes, dict[str, int]]) -> None:
+    def report(self, name: str, report: DonorReport) -> None:
         donor = self.donors[name]
-        donor.memory = memory
+        donor.memory, donor.reclaimed = report.memory, report.reclaimed
         for identity in donor.leases:
-            self.leases[identity].links = links.get(identity, {})
+            self.leases[identity].links = report.links.get(identity, {})
+        for identity in donor.left - report.populated.keys():
+            self._has_freed(donor, identity)
 
-    def lost(self, name: str, lease: bytes, reason: str) -> Outcome:
-        """A donor says that it no longer holds a lease."""
-        donor = self.donors[name]
+    def _has_freed(self, donor: Donor, lease: bytes) -> None:
         donor.over.pop(lease, None)
-        if lease not in donor.leases:
+        donor.left.discard(lease)
+
+    def lost(self, name: str, lease: bytes, reason: str, dropped: int | None = None) -> Outcome:
+        """A donor says that it no longer holds a lease, or never got what was to move there."""
+        donor = self.donors[name]
+        self._has_freed(donor, lease)
+        known = self.leases.get(lease)
+        if known is None:
             return Outcome()
-        return self._without_donor(self.leases[lease], reason)
+        if lease in donor.leases:
+            if dropped is not None and known.spec.store is not None and known.state is State.HELD:
+                return self._drop(known, dropped, reason)
+            return self._without_donor(known, reason)
+        if lease in donor.arriving:
+            return self._end_move_in_vain(known, reason)
+        return Outcome()
 
     def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
         """The donor serves the lease. False when the lease has ended in the meantime (it is to be freed)."""
         known = self.leases.get(lease)
-        if known is None or known.state is not State.GRANTING:
+        if known is None or known.state is not State.GRANTING or known.donor != donor:
             if donor in self.donors:  # it may have said that it was freed before it was made
                 self.donors[donor].over.setdefault(lease, (0, self._clock() + REMEMBER_S))
             return False
         known.state, known.endpoint = State.HELD, endpoint
-        self.donors[known.donor].memory = memory
+        self.donors[donor].memory = memory
         return True
 
     def freed(self, name: str, lease: bytes, memory: Memory) -> None:
         donor = self.donors.get(name)
         if donor is not None:
-            donor.over.pop(lease, None)
+            self._has_freed(donor, lease)
             donor.memory = memory
 
     def _lose_donor(self, donor: Donor) -> Outcome:
@@ -168,5 +239,7 @@ class Holdings(Book):
 
     def _forget(self, donor: Donor, now: float) -> None:
         donor.over = {lease: past for lease, past in donor.over.items() if past[1] > now}
-        if not donor.connected and donor.lost_at == math.inf and not donor.leases and not donor.over:
+        donor.left &= donor.over.keys()
+        needed = donor.connected or donor.leases or donor.over or donor.arriving
+        if not needed and donor.lost_at == math.inf:
             del self.donors[donor.name]

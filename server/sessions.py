@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from memfaas import auth, rpc
-from memfaas.errors import ClosedError, MemfaasError, ProtocolError, TransportError, UnknownStore, UsageError
+from memfaas.errors import (
+    AccessError,
+    ClosedError,
+    MemfaasError,
+    ProtocolError,
+    TransportError,
+    UnknownStore,
+    UsageError,
+)
 from memfaas.messages import (
     CloseSession,
     CloseStore,
     DeleteStore,
     Done,
+    Lend,
     Locate,
     Located,
     Message,
@@ -23,6 +32,8 @@ from memfaas.messages import (
     OpenSession,
     OpenStore,
     Place,
+    Reclaim,
+    Reclaimed,
     RegionGranted,
     ReleaseLease,
     Renew,
@@ -33,6 +44,7 @@ from memfaas.messages import (
     StoreOpened,
 )
 from memfaas.server import status
+from memfaas.server.places import place_of
 from memfaas.server.records import Lease, State, Store
 
 if TYPE_CHECKING:
@@ -40,8 +52,15 @@ if TYPE_CHECKING:
 
 REQUEST_LIMIT_S = 30.0
 """How long a request waits for what another session is making."""
+ARRIVAL_S = 3.0
+"""How long a request waits for a lease that is on its way to another donor."""
+_ANSWER_S = 5.0
+"""How much longer than its deadline a reclaim's answer may take."""
 _LONGEST_NAME = 255
 
+_WITHOUT_SESSION = Status | Reclaim | Lend
+
+R = TypeVar("R", bound=Message)
 logger = logging.getLogger(__name__)
 
 
@@ -66,13 +85,15 @@ class SessionPeer:
             ReleaseLease: self._release_lease,
             Locate: self._locate,
             Status: self._status,
+            Reclaim: self._reclaim,
+            Lend: self._lend,
         }
 
     async def on_request(self, message: Message) -> Message:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise ProtocolError(f"a session does not ask {type(message).__name__}")
-        if self._session not in self._tables.sessions and not isinstance(message, OpenSession | Status):
+        if self._session not in self._tables.sessions and not isinstance(message, OpenSession | _WITHOUT_SESSION):
             raise UsageError("no session is open on this connection")
         return await handler(message)
 
@@ -115,8 +136,23 @@ class SessionPeer:
         if self._session not in self._tables.sessions:
             raise ClosedError("the session was closed")
         self._tables.use_store(self._session, store.spec.store)
+        await self._refill(store)
         places = [self._place(self._tables.leases[lease]) for lease in store.leases]
         return StoreOpened(spec=store.spec, created=created, places=places)
+
+    async def _refill(self, store: Store) -> None:
+        """Shards that were dropped are made anew, where there is room; the others are, when somebody wants them."""
+
+        async def regrant(lease: Lease) -> None:
+            try:
+                await self._broker.detached(lambda: self._broker.regrant(lease))
+            except MemfaasError as error:
+                logger.warning("store %s of %s: a shard stays dropped: %s", store.spec.name, store.spec.tenant, error)
+
+        async with trio.open_nursery() as nursery:
+            for identity in store.leases:
+                if self._tables.leases[identity].state is State.DROPPED:
+                    nursery.start_soon(regrant, self._tables.leases[identity])
 
     async def _create(self, message: OpenStore) -> Store | None:
         size = message.size
@@ -183,32 +219,49 @@ class SessionPeer:
             return True
 
         await self._broker.wait_settled(known)
+        lease = self._tables.leases.get(message.lease)
+        if lease is not None and lease.spec.tenant == self._tenant:
+            await self._obtain(lease)
         return Located(place=self._place(self._tables.locate(self._tenant, message.lease)))
 
+    async def _obtain(self, lease: Lease) -> None:
+        """What was dropped is granted anew; what is on its way somewhere is waited for, for a moment."""
+        if lease.state is State.DROPPED:
+            await self._broker.detached(lambda: self._broker.regrant(lease))
+
+        def here() -> bool:
+            return lease.state is not State.GRANTING and (lease.state is not State.MISSING or lease.moving is None)
+
+        await self._broker.wait_until(here, trio.current_time() + ARRIVAL_S)
+
     def _place(self, lease: Lease) -> Place:
-        """With a ticket that is good from now. A shard that nobody holds has neither address nor ticket."""
-        spec = lease.spec
-        ticket = proof_key = b""
-        if lease.state is State.HELD:
-            ticket = auth.Ticket(
-                tenant=spec.tenant,
-                lease=spec.lease,
-                epoch=spec.epoch,
-                donor=lease.donor,
-                expires=time.time() + auth.TICKET_LIFE_S,
-                uid=None,
-            ).encode()
-            proof_key = auth.proof_key(auth.ticket_key(self._broker.secret, lease.donor), ticket)
-        return Place(
-            lease=spec.lease,
-            donor=lease.donor,
-            epoch=spec.epoch,
-            kind=spec.kind,
-            size=spec.size,
-            endpoint=lease.endpoint,
-            ticket=ticket,
-            proof_key=proof_key,
-        )
+        return place_of(lease, self._broker.secret)
+
+    # --- what concerns the cluster --------------------------------------------------------------
+
+    async def _reclaim(self, message: Reclaim) -> Reclaimed:
+        self._check_operator(message)
+        if message.size <= 0 or not 0 <= message.deadline < math.inf:
+            raise UsageError(f"cannot take back {message.size} bytes within {message.deadline:g} s")
+        logger.info("donor %s: %s takes back %d bytes", message.donor, message.holder, message.size)
+        return await self._ask_donor(message.donor, message, Reclaimed, message.deadline + _ANSWER_S)
+
+    async def _lend(self, message: Lend) -> Done:
+        self._check_operator(message)
+        return await self._ask_donor(message.donor, message, Done, _ANSWER_S)
+
+    def _check_operator(self, message: Message) -> None:
+        if self._tenant != auth.OPERATOR:
+            raise AccessError(f"only tenant {auth.OPERATOR!r} may ask {type(message).__name__}, not {self._tenant!r}")
+
+    async def _ask_donor(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
+        known = self._tables.donors
+        if donor not in known:
+            raise UsageError(f"there is no donor {donor!r}; there are {', '.join(sorted(known)) or 'none'}")
+        if not known[donor].connected:
+            there = ", ".join(sorted(name for name in known if known[name].connected)) or "none"
+            raise TransportError(f"donor {donor} is not connected; connected are {there}")
+        return await self._broker.ask(donor, message, reply, timeout_s)
 
     async def _status(self, _: Status) -> StatusReport:
         tenant = None if self._tenant == auth.OPERATOR else self._tenant

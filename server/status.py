@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memfaas.messages import DonorInfo, LeaseInfo, SessionInfo, StatusReport, StoreInfo
+from memfaas.messages import DonorInfo, LeaseInfo, LeaseState, SessionInfo, StatusReport, StoreInfo
 from memfaas.server.records import Lease, State, Store
 from memfaas.server.tables import Tables
 
@@ -23,12 +23,19 @@ def report(tables: Tables, tenant: str | None, now: float, uptime: float) -> Sta
                 memory=donor.memory,
                 leases=sum(tables.leases[one].state is State.HELD for one in donor.leases),
                 fabrics=FABRICS,
+                spill=donor.spill,
+                reclaimed=donor.reclaimed,
             )
             for donor in sorted(tables.donors.values(), key=lambda donor: donor.name)
         ],
         leases=[_lease(tables, lease, now) for lease in tables.leases.values() if tenant in (None, lease.spec.tenant)],
         stores=[
-            StoreInfo(spec=store.spec, sessions=len(store.sessions), lost_shards=tables.lost_shards(store))
+            StoreInfo(
+                spec=store.spec,
+                sessions=len(store.sessions),
+                lost_shards=tables.lost_shards(store),
+                dropped=store.dropped,
+            )
             for store in tables.stores.values()
             if tenant in (None, store.spec.tenant)
         ],
@@ -61,7 +68,24 @@ def _lease(tables: Tables, lease: Lease, now: float) -> LeaseInfo:
         sessions=int(spec.session in tables.sessions) if store is None else len(store.sessions),
         expires_in=None if expires is None else max(0.0, expires - now),
         links=lease.links,
+        state=_state(lease),
     )
+
+
+def _state(lease: Lease) -> LeaseState:
+    if lease.moving is not None:
+        return "moving"
+    match lease.state:
+        case State.GRANTING:
+            return "granting"
+        case State.HELD:
+            return "held"
+        case State.MISSING:
+            return "missing"
+        case State.LOST:
+            return "lost"
+        case State.DROPPED:
+            return "dropped"
 
 
 def _expires(tables: Tables, lease: Lease, store: Store | None) -> float | None:

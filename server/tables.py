@@ -13,6 +13,7 @@ What always holds between two calls:
 4. A lease that is over (released, expired, lost) never comes back: its identity is kept with its
    donor until that donor no longer holds it. The one exception is a shard whose donor was away: no
    other copy of it was ever made, so while its store lives it may be found again.
+5. Of several copies of a lease, the one of the highest epoch counts (`memfaas.server.moves`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import math
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore, UsageError
 from memfaas.messages import LeaseSpec, StoreSpec
-from memfaas.server.holdings import Holdings
 from memfaas.server.records import Lease, Outcome, Session, State, Store, ToTell, short
+from memfaas.server.registry import Registry
 
 
-class Tables(Holdings):
+class Tables(Registry):
     """See the module. `cost` gives the bytes that a lease of a kind and size takes on a donor."""
 
     # --- sessions -------------------------------------------------------------------------------
@@ -163,7 +164,10 @@ class Tables(Holdings):
         return Outcome() if known is None else self._end(known, reason)
 
     def locate(self, tenant: str, lease: bytes) -> Lease:
-        """Raises AccessError, LeaseLost, and TransportError while its donor may still come back."""
+        """A lease that is held, or a shard that was dropped.
+
+        Raises AccessError, LeaseLost, and TransportError while its donor may still come back.
+        """
         known = self.leases.get(lease)
         if known is None:
             if self._clock() < self._complete_at and not self._is_over(lease):
@@ -173,6 +177,8 @@ class Tables(Holdings):
             raise AccessError(f"lease {short(lease)} belongs to another tenant")
         if known.state is State.LOST:
             raise LeaseLost(f"lease {short(lease)} is lost: donor {known.donor or 'unknown'} no longer holds it")
+        if known.state is State.MISSING and known.moving is not None:
+            raise TransportError(f"lease {short(lease)} is on its way to donor {known.moving.donor}; try again")
         if known.state is State.MISSING:
             raise TransportError(f"lease {short(lease)}: its donor has not come back since the broker started")
         if known.state is State.GRANTING:
@@ -191,7 +197,7 @@ class Tables(Holdings):
         for store in self.stores.values():
             deadline = min(deadline, store.until)
         for lease in self.leases.values():
-            deadline = min(deadline, lease.until)
+            deadline = min(deadline, lease.until, math.inf if lease.moving is None else lease.moving.until)
         return deadline
 
     def expire(self) -> Outcome:
@@ -215,6 +221,7 @@ class Tables(Holdings):
             store.until = math.inf
             if not store.spec.persistent:
                 outcome += self._end_store(store, "no session uses it")
+        outcome += self._expire_moves(now)
         for donor in [d for d in self.donors.values() if d.lost_at <= now]:
             outcome += self._lose_donor(donor)
         for lease in [one for one in self.leases.values() if one.until <= now]:

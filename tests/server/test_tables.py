@@ -7,7 +7,7 @@ import math
 import pytest
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore
-from memfaas.messages import Memory
+from memfaas.messages import DonorReport, Memory
 from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, State, shard_lease
 from memfaas.units import MIB
 from tests.server.world import HEADROOM, TTL, World, new_id
@@ -274,9 +274,8 @@ def test_room_counts_grants_that_are_under_way_and_memory_that_is_not_yet_freed(
     assert free() == 24 * MIB
     world.carry_out(outcome)
     assert free() == 64 * MIB
-    world.tables.report(
-        "d", Memory(offered=64 * MIB, leased=0, populated=0, available=110 * MIB, headroom=HEADROOM), {}
-    )
+    memory = Memory(offered=64 * MIB, leased=0, populated=0, available=110 * MIB, headroom=HEADROOM)
+    world.tables.report("d", DonorReport(memory=memory, links={}))
     assert free() == 10 * MIB
     assert donor.held == {}
 

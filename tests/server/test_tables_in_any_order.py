@@ -228,7 +228,7 @@ class TablesMachine(RuleBasedStateMachine):
             lease = min(donor.held)
             del donor.held[lease]
             self.carry_out(self.tables.lost(name, lease, "it kept failing"))
-            self.tables.report(name, donor.memory(), {})
+            self.tables.report(name, donor.report())
 
     @rule()
     def restart_broker(self) -> None:

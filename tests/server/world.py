@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 
-from memfaas.messages import Endpoint, HeldLease, Kind, LeaseSpec, Memory, StoreSpec
+from memfaas.messages import DonorReport, Endpoint, HeldLease, Kind, LeaseSpec, Memory, StoreSpec
 from memfaas.server.records import Lease, Outcome
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
@@ -66,6 +66,10 @@ class DonorModel:
             headroom=HEADROOM,
         )
 
+    def report(self) -> DonorReport:
+        populated = {lease: cost(one.spec.kind, one.spec.size) for lease, one in self.held.items()}
+        return DonorReport(memory=self.memory(), links={}, populated=populated)
+
     def serve(self, spec: LeaseSpec) -> Endpoint:
         endpoint = Endpoint(node=self.name, unix_path=f"/{spec.lease.hex()}", host=self.name, port=1)
         self.held[spec.lease] = HeldLease(spec=spec, endpoint=endpoint)
@@ -98,7 +102,7 @@ class World:
             outcome.free.remove(one)
             del donor.held[one.lease]
             self.carry_out(self.tables.lost(name, one.lease, "dropped"))
-            self.tables.report(name, donor.memory(), {})
+            self.tables.report(name, donor.report())
         self.carry_out(outcome)
 
     def disconnect(self, name: str) -> None:
