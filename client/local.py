@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from memfaas import auth, config
 from memfaas.addresses import Address, parse_address
@@ -29,6 +29,8 @@ _TOKEN = "MEMFAAS_LOCAL_CLUSTER"
 _LONGEST_BASE = 40
 """Bytes: a Unix socket's path is short."""
 _POLL_S = 0.01
+SPILL: Literal["spill"] = "spill"
+"""Name of the donor whose memory is on the disk."""
 
 
 class LocalCluster:
@@ -36,6 +38,7 @@ class LocalCluster:
 
     donors: how many.
     memory: what each lends: bytes, or like "512MiB".
+    spill: what one more donor, named "spill", lends of the disk: in files, chosen last.
     headroom: what must stay available on this machine, whatever the donors lend.
     lease_ttl: how long leases live that are not renewed: seconds, or like "30s".
 
@@ -49,12 +52,14 @@ class LocalCluster:
         memory: str | int = "512MiB",
         headroom: str | int = "64MiB",
         lease_ttl: str | float = "30s",
+        spill: str | int | None = None,
     ) -> None:
         if donors < 0:
             raise UsageError(f"{donors} donors: it must be 0 or more")
         # Checked here, so that what makes no sense is not found out by a process that does not start.
         checked = config.DonorSettings(memory=memory, headroom=headroom)  # type: ignore[arg-type]
         self._memory, self._headroom = checked.memory, checked.headroom
+        self._spill = None if spill is None else config.DonorSettings(memory=spill).memory  # type: ignore[arg-type]
         self._lease_ttl = config.BrokerSettings(lease_ttl=lease_ttl).lease_ttl  # type: ignore[arg-type]
         self._owner = os.getpid()
         self._token = secrets.token_hex(16)
@@ -67,6 +72,9 @@ class LocalCluster:
             auth.create_secret(self._folder / "secret")
             self.restart_broker()
             names = [self.donor_name(index) for index in range(donors)]
+            if self._spill is not None:
+                (self._folder / SPILL).mkdir()
+                names.append(SPILL)
             for name in names:
                 self._launch_donor(name)
             for name in names:
@@ -86,8 +94,8 @@ class LocalCluster:
         return self._folder
 
     @staticmethod
-    def donor_name(index: int) -> str:
-        return f"donor{index}"
+    def donor_name(index: int | Literal["spill"]) -> str:
+        return SPILL if index == SPILL else f"donor{index}"
 
     def __repr__(self) -> str:
         donors = len(self._processes) - 1
@@ -99,7 +107,7 @@ class LocalCluster:
     def broker_pid(self) -> int:
         return self._processes["broker"].pid
 
-    def donor_pid(self, index: int) -> int:
+    def donor_pid(self, index: int | Literal["spill"]) -> int:
         """Of the donor's agent."""
         return self._processes[self.donor_name(index)].pid
 
@@ -122,11 +130,11 @@ class LocalCluster:
         facts = broker.wait_ready()
         self._address = Address(self._address.host, parse_address(facts["address"]).port, self._address.secret_file)
 
-    def kill_donor(self, index: int) -> None:
+    def kill_donor(self, index: int | Literal["spill"]) -> None:
         """Kills the agent, as by `kill -9`. Its memory functions go on serving."""
         self._processes[self.donor_name(index)].kill()
 
-    def restart_donor(self, index: int) -> None:
+    def restart_donor(self, index: int | Literal["spill"]) -> None:
         """Starts the agent again; ends the running one first, and then its memory is lost."""
         name = self.donor_name(index)
         self._processes[name].stop(STOP_S)
@@ -134,11 +142,14 @@ class LocalCluster:
         self._processes[name].wait_ready()
 
     def _launch_donor(self, name: str) -> None:
+        kind: dict[str, Any] = {"memory": self._memory}
+        if name == SPILL:
+            kind = {"memory": self._spill, "backing": self._folder / SPILL}
         self._launch(
             "donor",
             broker=self._address,
             name=name,
-            memory=self._memory,
+            **kind,
             headroom=self._headroom,
             listen_host="127.0.0.1",
             runtime_dir=self._folder / "run",

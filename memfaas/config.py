@@ -183,7 +183,13 @@ class DonorSettings(Settings):
         GIB,
         shown="1GiB",
         unit="bytes",
-        help="Memory of this node that must stay available to everyone else.",
+        help="Memory of this node that must stay available to everyone else; with backing, space on its disk.",
+    )
+    backing: Path | None = _setting(
+        accept.path_or_none,
+        None,
+        shown="none, memory is lent",
+        help="Folder in local scratch: lend files in it instead of memory, to what no other donor has room for.",
     )
     listen_host: str | None = _setting(
         accept.host_or_auto,

@@ -2,26 +2,36 @@
 
 A lease's memory is two memfds. They are sealed so that nobody to whom they are passed can change
 their size, except that their owner can cut the data off: that frees it at once, for everybody.
+
+On a spill donor the data is a file without a name, in a folder of local scratch. All its blocks are
+allocated when it is made: a disk that is full refuses a lease, and never kills who writes to one.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from memfaas import _native
-from memfaas.errors import CapacityError
+from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Kind, Memory
 from memfaas.units import format_size
 
 
-def make(kind: Kind, size: int, name: str) -> tuple[int, int]:
-    """Fresh data and control memory for `size` usable bytes; not yet formatted, nor backed by pages."""
+def make(kind: Kind, size: int, name: str, backing: Path | None = None) -> tuple[int, int]:
+    """Fresh data and control memory for `size` usable bytes; not yet formatted, nor backed by pages.
+
+    With `backing`, the data is a file in this folder, with all its blocks; making it may take a while
+    where the file system cannot allocate without writing. CapacityError when it has not so many bytes,
+    UsageError when no file can be made there.
+    """
     data_bytes, control_bytes = _native.geometry(kind, size)
     grow, shrink, seal = fcntl.F_SEAL_GROW, fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_SEAL
-    data = _memfd(f"memfaas:{name}", data_bytes, grow | seal)
+    data = _memfd(f"memfaas:{name}", data_bytes, grow | seal) if backing is None else _file(backing, data_bytes)
     try:
         return data, _memfd(f"memfaas:{name}:control", control_bytes, grow | shrink | seal)
     except BaseException:
@@ -40,16 +50,57 @@ def _memfd(name: str, size: int, seals: int) -> int:
     return descriptor
 
 
+def _file(folder: Path, size: int) -> int:
+    descriptor = _unnamed(folder)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(f"{folder} has no room for {format_size(size)}: {error.strerror}") from error
+        raise
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _unnamed(folder: Path) -> int:
+    """A new file that is gone when nobody has it open. Raises UsageError."""
+    try:
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):  # NFS and others
+                raise
+        descriptor, path = tempfile.mkstemp(prefix=".memfaas-", dir=folder)
+        os.unlink(path)
+        return descriptor
+    except OSError as error:
+        raise UsageError(f"cannot make a file in {folder} to lend: {error.strerror}") from error
+
+
+def check_backing(folder: Path) -> None:
+    """Whether leases can lie in this folder. UsageError when they cannot."""
+    os.close(_unnamed(folder))
+
+
 def populated(data: int) -> int:
-    """Bytes of a lease's memory that are backed by pages."""
+    """Bytes of a lease's memory that are backed by pages, or by blocks of the disk."""
     return os.fstat(data).st_blocks * 512
 
 
 # --- what the node can spare ------------------------------------------------------------------------
 
 
-def available(proc: Path = Path("/proc")) -> int:
-    """Bytes that the node could give to programs now, within the limits of our own control groups."""
+def available(proc: Path = Path("/proc"), backing: Path | None = None) -> int:
+    """Bytes that the node could give to programs now, within the limits of our own control groups.
+
+    With `backing`: that the file system of this folder could give to users now.
+    """
+    if backing is not None:
+        space = os.statvfs(backing)
+        return space.f_bavail * space.f_frsize
     return min([_mem_available(proc), *(level.available() for level in _levels(proc))])
 
 

@@ -119,6 +119,13 @@ def test_paths_in_the_file_start_at_its_folder(tmp_path: Path, home: Path) -> No
     assert load_settings(BrokerSettings, config=file, environ={}).secret_file == home / "key"
 
 
+def test_a_donor_lends_memory_unless_it_has_a_folder_to_lend_files_in(tmp_path: Path) -> None:
+    assert load_settings(DonorSettings, environ={}).backing is None
+    assert load_settings(DonorSettings, environ={"MEMFAAS_DONOR_BACKING": "/scratch/m"}).backing == Path("/scratch/m")
+    file = write(tmp_path / "etc/memfaas.toml", '[donor]\nbacking = "scratch"\n')
+    assert load_settings(DonorSettings, config=file, environ={}).backing == tmp_path / "etc/scratch"
+
+
 # --- what makes no sense
 
 

@@ -89,6 +89,10 @@ def donor(until_eof: bool, **given: Any) -> None:
     Examples:
         memfaas donor --broker node1:7411 --memory 16GiB
         memfaas donor --broker node1 --memory auto --headroom 4GiB
+        memfaas donor --broker node1 --name $(hostname)-disk --backing /scratch/memfaas --memory 64GiB
+
+    The last one is a spill donor: it lends files in a folder of local scratch. It is chosen last, and what
+    lies there goes back to memory when a donor has room again. Without --backing, memory is lent.
     """
     from memfaas.server import donor as server
 

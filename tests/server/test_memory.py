@@ -7,13 +7,14 @@ import fcntl
 import mmap
 import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from memfaas import _native
-from memfaas.errors import CapacityError
+from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Memory
 from memfaas.server import memory
 from memfaas.units import GIB, MIB
@@ -73,7 +74,77 @@ def test_memory_that_cannot_be_made_leaves_no_descriptor_open() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# --- huge pages ---------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------
+
+
+def close(made: tuple[int, int]) -> None:
+    for descriptor in made:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_file_has_all_its_blocks_and_no_name(tmp_path: Path, nameless: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not nameless:  # as on NFS
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY | os.O_RDWR)  # EISDIR
+    made = memory.make("shard", 8 * MIB, "test", tmp_path)
+    try:
+        assert list(tmp_path.iterdir()) == []
+        assert tuple(os.fstat(one).st_size for one in made) == _native.geometry("shard", 8 * MIB)
+        assert memory.populated(made[0]) >= 8 * MIB
+        assert os.fstat(made[0]).st_nlink == 0
+        assert os.get_inheritable(made[0]) is False
+        with pytest.raises(PermissionError):
+            os.ftruncate(made[1], 0)
+        _native.format_memory(*made, kind="shard", size=8 * MIB, lease=bytes(16), store=bytes(16), shard=0, epoch=1)
+        assert _native.Memory(*made).size == 8 * MIB
+        os.ftruncate(made[0], 0)
+        assert memory.populated(made[0]) == 0
+    finally:
+        close(made)
+
+
+def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "none", tmp_path / "file"):
+        with pytest.raises(UsageError, match=f"cannot make a file in {wrong}"):
+            memory.check_backing(wrong)
+    memory.check_backing(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "memfaas-test", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system may be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_is_too_small_refuses_and_keeps_nothing(small_disk: Path) -> None:
+    before = memory.available(backing=small_disk)
+    assert before == 16 * MIB
+    with pytest.raises(CapacityError, match=r"disk has no room for 34 MiB: No space left"):
+        memory.make("shard", 32 * MIB, "test", small_disk)
+    assert memory.available(backing=small_disk) == before
+    assert list(small_disk.iterdir()) == []
+    made = memory.make("shard", 8 * MIB, "test", small_disk)
+    assert memory.available(backing=small_disk) == before - memory.populated(made[0])
+    close(made)
+    assert memory.available(backing=small_disk) == before
+
+
+def test_a_file_that_is_too_large_for_its_owner_is_refused(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, hard))
+    try:
+        with pytest.raises(CapacityError, match="no room"):
+            memory.make("region", 8 * MIB, "test", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- what a node can spare ----------------------------------------------------------------------------
