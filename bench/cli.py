@@ -17,6 +17,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from memfaas.bench import bars, idle, kv, lease, report, result
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
+from memfaas.bench.reclaim import report as reclaim_report
+from memfaas.bench.reclaim import result as reclaim_result
+from memfaas.bench.reclaim.run import ROUNDS as RECLAIM_ROUNDS
+from memfaas.bench.reclaim.run import SIZES as RECLAIM_SIZES
+from memfaas.bench.reclaim.run import measure_reclaim
 from memfaas.bench.run import LEAST_ROUNDS
 from memfaas.errors import UsageError
 from memfaas.units import format_size, parse_duration, parse_size
@@ -26,14 +31,19 @@ QUICK_SECONDS = 15.0
 Report = Callable[[float, str], None]
 
 
-class _Size(click.ParamType[Any]):
+class _AnySize(click.ParamType[Any]):
     name = "size"
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
         try:
-            size = parse_size(value)
+            return parse_size(value)
         except UsageError as error:
             self.fail(str(error), parameter, context)
+
+
+class _Size(_AnySize):
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        size = super().convert(value, parameter, context)
         if size not in SIZES:
             self.fail(f"the sizes are {', '.join(format_size(s) for s in SIZES)}", parameter, context)
         return size
@@ -49,17 +59,23 @@ class _Duration(click.ParamType[Any]):
             self.fail(str(error), parameter, context)
 
 
+_strict_option = click.option(
+    "--strict", is_flag=True, help="Exit with status 1 unless every bar was measured and reached."
+)
+_output_option = click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("results"),
+    show_default=True,
+    help="Where the figures go.",
+)
+
+
 def _options(command: Callable[..., None]) -> Callable[..., None]:
     """What `kv` and `compare` have in common."""
     for option in (
-        click.option("--strict", is_flag=True, help="Exit with status 1 unless every bar was measured and reached."),
-        click.option(
-            "--output",
-            type=click.Path(file_okay=False, path_type=Path),
-            default=Path("results"),
-            show_default=True,
-            help="Where the JSON file and the plot go.",
-        ),
+        _strict_option,
+        _output_option,
         click.option("--quick", is_flag=True, help=f"A first impression in about {QUICK_SECONDS:.0f} s of measuring."),
         click.option(
             "--seconds", type=_Duration(), help="How long to measure; the rounds are repeated until it is over."
@@ -133,6 +149,37 @@ def idle_command(seconds: float) -> None:
     with _progress() as progress:
         figures = idle.measure_idle(seconds, progress)
     Console().print(report.show_idle(figures))
+
+
+@bench.command("reclaim")
+@click.option(
+    "--size",
+    "sizes",
+    type=_AnySize(),
+    multiple=True,
+    help=f"Take back so much; may be repeated. Otherwise {', '.join(format_size(size) for size in RECLAIM_SIZES)}.",
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=RECLAIM_ROUNDS, show_default=True, help="How often.")
+@_output_option
+@_strict_option
+def reclaim_command(sizes: tuple[int, ...], rounds: int, output: Path, strict: bool) -> None:
+    """How fast lent memory comes back, by each step of a reclaim, beside what is physically possible.
+
+    The limits are measured in the same run, in turns with the steps: bare punch-hole, ftruncate,
+    munmap and kill -9 of a process of that size, and a bare copy over the loopback interface. All
+    with pages of 4 KiB and of 2 MiB: as root it changes the kernel's choice for shared memory
+    meanwhile, and puts it back in the end, however it ends.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        found = measure_reclaim(sizes or RECLAIM_SIZES, rounds, report=progress)
+    console = Console()
+    console.print(reclaim_report.show(found))
+    table = output / f"bench-reclaim-{datetime.now():%Y%m%d-%H%M%S}.json"
+    reclaim_result.write(found, table)
+    console.print(f"figures: {table}")
+    if strict and bars.missed(found.verdicts):
+        sys.exit(1)
 
 
 def _measure(
