@@ -38,10 +38,11 @@ local function content(path)
     return text
 end
 
+-- Slurm has refused by now what asks another pool, but not what asks none.
 function slurm_bb_job_process(job_script)
-    local asked = content(job_script) or ""
-    if string.find(asked, "#BB_LUA[^\n]*pool=") and not string.find(asked, "#BB_LUA[^\n]*pool=memfaas") then
-        return slurm.ERROR, "the only pool is memfaas: #BB_LUA pool=memfaas capacity=4GiB"
+    local script = content(job_script) or ""
+    if string.find(script, "#BB_LUA") and not string.find(script, "#BB_LUA[^\n]*pool=memfaas") then
+        return slurm.ERROR, "say which pool, and how much: #BB_LUA pool=memfaas capacity=4GiB"
     end
     return slurm.SUCCESS
 end

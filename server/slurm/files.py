@@ -24,6 +24,7 @@ _HOOKS = {
     "EpilogSlurmctld": ("epilog-slurmctld", "On the controller, when a job has ended: its nodes' donors lend again."),
 }
 """By the line of slurm.conf: what `hook` is called with, and what the file says of itself."""
+_ON_NODES = ("Prolog", "Epilog")
 _ANSWER_S = 3.0
 """What a hook needs beyond the deadline: to find the broker, and to hear what came of it."""
 _KILL_S = 2.0
@@ -71,7 +72,8 @@ def install(plan: Plan) -> list[str]:
     lines = []
     for setting, (which, what) in _HOOKS.items():
         path = plan.folder / which
-        _write(path, 0o755, _hook(plan, which, what))
+        guard = setting in _ON_NODES and plan.keys is None
+        _write(path, 0o755, _hook(plan, which, what, _guard(plan) if guard else ""))
         lines.append(f"{setting}={path}")
     lines += [
         "PrologFlags=Alloc",
@@ -84,7 +86,12 @@ def install(plan: Plan) -> list[str]:
     return lines
 
 
-def _hook(plan: Plan, which: str, what: str) -> str:
+def _guard(plan: Plan) -> str:
+    """A line by which a node that lends nothing loses no time."""
+    return f'[ -S {shlex.quote(str(plan.runtime_dir))}/"$SLURMD_NODENAME"/agent.sock ] || exit 0'
+
+
+def _hook(plan: Plan, which: str, what: str, guard: str) -> str:
     call = [
         *_python("hook", plan),
         which,
@@ -100,6 +107,7 @@ def _hook(plan: Plan, which: str, what: str) -> str:
         SLURM_CONF=str(plan.slurm_conf),
         PATH=shlex.quote(_path()),
         KILL_AFTER=f"{plan.limit + _KILL_S:g}",
+        GUARD=guard,
         CALL=shlex.join(call),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def test_a_hook_succeeds_even_without_memfaas(tmp_path: Path, which: str) -> Non
     script = tmp_path / "hooks" / which
     script.write_text(script.read_text().replace("memfaas.server.slurm.hook", "memfaas.no_such_module"))
     assert subprocess.run([script], env={}, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def test_a_node_that_lends_nothing_loses_no_time(tmp_path: Path) -> None:
+    install(tmp_path)
+    script = tmp_path / "hooks" / "prolog"
+    script.write_text(script.read_text().replace("timeout ", "echo called; timeout "))
+
+    def run() -> str:
+        variables = {"SLURMD_NODENAME": "node1"}
+        return subprocess.run([script], env=variables, capture_output=True, check=True, text=True).stdout
+
+    assert run() == ""
+    (tmp_path / "node1").mkdir()
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(tmp_path / "node1" / "agent.sock"))
+        assert run() == "called\n"
 
 
 def test_a_hook_that_hangs_is_ended(tmp_path: Path) -> None:

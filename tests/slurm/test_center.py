@@ -1,0 +1,206 @@
+"""Real jobs of a real Slurm on nodes that lend memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from memfaas import auth
+from memfaas.errors import LeaseLost
+from memfaas.units import MIB
+from tests.slurm.center import NODE_MIB, USER, wait_for
+from tests.slurm.site import NODES, PLAIN_NODE, Reader, Site, fill, value
+
+pytestmark = pytest.mark.slow
+
+_LONG_S = 60.0
+_DATA = 150 * MIB
+"""Spread over the three donors; what one has of it fits on the two others."""
+
+
+def test_a_job_finds_its_memory_free_and_no_value_is_lost(site: Site) -> None:
+    with site.session() as opened:
+        store = opened.store("data", size=180 * MIB)
+        count = fill(store, _DATA)
+        assert site.in_kernel(0) >= _DATA // 4
+        with Reader(store, count) as reader:
+            seen = site.seen_by_job(0, f"--mem={NODE_MIB}")
+            done = reader.gets
+            wait_for(lambda: reader.gets > done + count, "all was read again", _LONG_S)
+        assert seen == 0, site.explain()
+        assert reader.wrong == []
+    assert {run.status for run in site.hooks().values()} == {0}
+    assert "1 of its 1 nodes are donors" in site.said("PrologSlurmctld")
+    assert "has set" in site.said("Prolog")
+
+
+def test_a_small_job_leaves_the_rest_of_the_lent_memory(site: Site) -> None:
+    site.seen_by_job(1, "--mem=100")
+    assert {run.status for run in site.hooks().values()} == {0}
+    assert "100 MiB freed" in site.said("PrologSlurmctld")
+
+
+def test_all_nodes_of_a_job_give_their_memory_back(site: Site) -> None:
+    job = _submit(site, "-N3", f"--mem={NODE_MIB}", "--wrap", "sleep 2")
+    wait_for(lambda: site.center.job(job)["JobState"] == "RUNNING", "the job runs", _LONG_S, site.explain)
+    assert {name: one.memory.offered for name, one in site.donors().items()} == dict.fromkeys(NODES, 0)
+    assert site.center.wait_ended(job) == "COMPLETED"
+
+
+@contextmanager
+def broker_away(site: Site, how: str) -> Iterator[None]:
+    if how == "killed":
+        site.cluster.kill_broker()
+        try:
+            yield
+        finally:
+            site.cluster.restart_broker()
+    else:
+        os.kill(site.cluster.broker_pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(site.cluster.broker_pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_without_a_broker_the_node_frees_the_memory_itself(site: Site, how: str) -> None:
+    """Nobody can say where the values could go: the job wins, and they are lost by name."""
+    with site.session() as opened:
+        store = opened.store(f"without-{how}", size=180 * MIB)
+        count = fill(store, _DATA)
+        assert site.in_kernel(2) >= _DATA // 4
+        with broker_away(site, how):
+            assert site.seen_by_job(2, f"--mem={NODE_MIB}") == 0, site.explain()
+            runs = site.hooks()
+            assert set(site.center.states().values()) == {"idle"}
+        assert {run.status for run in runs.values()} == {0}
+        assert "had not heard of it from the broker" in site.said("Prolog")
+        kept = 0
+        for one in range(count):
+            try:
+                assert store.get(str(one)) == value(one)
+                kept += 1
+            except LeaseLost:
+                pass
+        assert 0 < kept < count
+
+
+def test_a_donor_that_hangs_holds_up_no_job(site: Site) -> None:
+    pid = site.cluster.donor_pid(1)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        site.seen_by_job(1, f"--mem={NODE_MIB}")
+        runs = site.hooks()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert {run.status for run in runs.values()} == {0}
+    assert site.center.states()["donor1"] == "idle"
+
+
+# --- stores for jobs ------------------------------------------------------------------------------
+
+
+def _submit(site: Site, *options: str, user: int | None = None) -> str:
+    return site.center.run("sbatch", "--parsable", "--output=/dev/null", *options, user=user).strip()
+
+
+def test_a_job_that_asks_for_a_store_finds_it_and_it_goes_with_the_job(site: Site) -> None:
+    folder = site.center.folder / "for-jobs"
+    folder.mkdir()
+    folder.chmod(0o777)
+    script = folder / "job.sh"
+    script.write_text(
+        "#!/bin/sh\n"
+        "#BB_LUA pool=memfaas capacity=50MiB\n"
+        f"echo $MEMFAAS_BROKER $MEMFAAS_STORE $(cat $MEMFAAS_SECRET_FILE) > {folder}/draft\n"
+        f"mv {folder}/draft {folder}/found\n"
+        f"while [ ! -e {folder}/go-on ]; do sleep 0.1; done\n"
+    )
+    job = _submit(site, "--mem=10", str(script), user=USER)
+    found = folder / "found"
+    wait_for(found.exists, "the job has begun", _LONG_S, site.explain)
+    broker, name, key = found.read_text().split()
+    (folder / "copy").write_text(key)
+    (folder / "copy").chmod(0o600)
+    address = f"memfaas://{broker}?secret={folder}/copy"
+    command = [sys.executable, "-P", "-m", "memfaas.cli"]
+    environment = {"PATH": os.environ["PATH"], "MEMFAAS_BROKER": address}
+    subprocess.run([*command, "put", "--store", name, "a"], input=b"value", env=environment, check=True)
+    with site.session(auth.OPERATOR) as operator:
+        (info,) = operator.status().stores
+        assert (info.spec.name, info.spec.tenant) == (f"slurm-{job}", "nobody")
+        assert info.spec.size >= 50 * MIB
+        (folder / "go-on").touch()
+        assert site.center.wait_ended(job) == "COMPLETED"
+        wait_for(lambda: not operator.status().stores, "the store is deleted", _LONG_S, site.explain)
+    wait_for(lambda: not list((site.center.folder / "keys").iterdir()), "the key is removed", _LONG_S, site.explain)
+
+
+def test_a_store_that_could_not_be_deleted_is_deleted_when_the_broker_is_back(site: Site) -> None:
+    stores = [sys.executable, "-P", "-m", "memfaas.server.slurm.stores", f"--broker={_place(site)}"]
+    stores += [f"--secret-file={site.cluster.folder}/secret", f"--state={site.center.folder}/hooks/stores"]
+    subprocess.run([*stores, "setup", "999999", str(USER), str(20 * MIB)], check=True)
+    with broker_away(site, "killed"):
+        failed = subprocess.run([*stores, "teardown", "999999"], stdout=subprocess.PIPE, text=True)
+        assert failed.returncode == 1
+        assert "no broker answers" in failed.stdout
+    with site.session(auth.OPERATOR) as operator:
+        wait_for(lambda: [one.spec.name for one in operator.status().stores] == ["slurm-999999"], "it is back", _LONG_S)
+        subprocess.run([*stores, "pools", str(site.center.folder / "hooks/stores/pools.json")], check=True)
+        assert operator.status().stores == []
+
+
+def _place(site: Site) -> str:
+    return site.cluster.address.removeprefix("memfaas://").partition("?")[0]
+
+
+@pytest.mark.parametrize("asked", ["capacity=1GiB", "pool=fast capacity=1GiB"])
+def test_a_request_that_names_no_pool_of_ours_is_refused_at_once(site: Site, asked: str) -> None:
+    script = site.center.folder / "other.sh"
+    script.write_text(f"#!/bin/sh\n#BB_LUA {asked}\n")
+    with pytest.raises(AssertionError, match=r"sbatch: error: .*(pool=memfaas|Burst Buffer request invalid)"):
+        _submit(site, str(script), user=USER)
+
+
+# --- memfaas slurm scan ---------------------------------------------------------------------------
+
+
+def _scan(site: Site, *options: str) -> str:
+    environment = {**site.center.environment(), "MEMFAAS_BROKER": site.cluster.address}
+    command = [sys.executable, "-P", "-m", "memfaas.cli", "slurm", "scan", *options]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_what_nodes_lend_is_shown_in_slurm(site: Site) -> None:
+    nodes = json.loads(_scan(site, "--json", "--publish"))
+    assert [(one["node"], one["lends"], one["could_lend"]) for one in nodes] == [
+        *((name, 256 * MIB, False) for name in NODES),
+        (PLAIN_NODE, None, True),
+    ]
+    shown = site.center.run("scontrol", "-o", "show", "node", "donor0")
+    assert "Comment=memfaas lends 256 MiB, 0 B of it leased" in shown
+    assert 'Extra={"memfaas":{"lent_mib":256,' in shown
+
+
+def test_idle_nodes_without_a_donor_are_offered(site: Site) -> None:
+    started = site.center.folder / "started"
+    table = _scan(site, "--start", f"sh -c 'echo {{}} >> {started}'")
+    assert [line.split()[0] for line in table.splitlines() if "could lend" in line] == [PLAIN_NODE]
+    assert started.read_text() == f"{PLAIN_NODE}\n"
+
+
+def test_memory_of_jobs_that_slurm_no_longer_knows_is_lent_again(site: Site) -> None:
+    """Their epilogs may have found neither the broker nor the donor."""
+    with site.session(auth.OPERATOR) as operator:
+        operator.reclaim("donor0", "10MiB", holder="slurm job 999999")
+        assert site.donors()["donor0"].reclaimed == {"slurm job 999999": 10 * MIB}
+    _scan(site)
+    assert site.donors()["donor0"].reclaimed == {}
