@@ -29,12 +29,18 @@ if TYPE_CHECKING:
 
 _CLOSE_S = 3.0
 _DETAIL_S = 2.0
+_RECLAIM_MARGIN_S = 5.0
 _SLOWEST_FREE = GIB
 """Bytes per second: memory in 4 KiB pages comes back some times faster than that."""
 
 R = TypeVar("R", bound=messages.Message)
 
 log = logging.getLogger(__name__)
+
+
+def reclaim_patience(size: int, deadline: float) -> float:
+    """Seconds to wait for the answer to a reclaim. At its deadline the memory goes, which takes time itself."""
+    return deadline + _RECLAIM_MARGIN_S + size / _SLOWEST_FREE
 
 
 def connect(
@@ -253,9 +259,8 @@ class Session:
         DeadlineExceeded, of which only the first means that nothing was done.
         """
         seconds, amount = parse_duration(deadline), parse_size(size)
-        patience = seconds + self.timeout + amount / _SLOWEST_FREE
         message = messages.Reclaim(donor=donor, size=amount, deadline=seconds, holder=holder)
-        return self._request(message, messages.Reclaimed, timeout_s=patience, once=True)
+        return self._request(message, messages.Reclaimed, timeout_s=reclaim_patience(amount, seconds), once=True)
 
     def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
         """A donor may lend again what this holder took back from it. Nothing happens if it took nothing.

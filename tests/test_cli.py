@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click.testing
+import msgspec
 import pytest
+from rich.console import Console
 
-from memfaas import auth
-from memfaas.cli import _COMMANDS, main
+from memfaas import auth, messages
+from memfaas.cli import _COMMANDS, main, status
 from memfaas.client.local import LocalCluster
+from memfaas.units import GIB, MIB
 
 COMMANDS = sorted(_COMMANDS)
 
@@ -50,7 +54,7 @@ def test_the_help_lists_every_command() -> None:
         assert f"\n  {name} " in result.output
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench")])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench", "slurm")])
 def test_the_help_of_a_command_has_an_example_and_where_its_options_come_from(name: str) -> None:
     result = run(name, "--help")
     assert result.exit_code == 0
@@ -202,6 +206,56 @@ def test_status_for_people(broker_alone: LocalCluster) -> None:
     assert result.exit_code == 0
     for title in ("broker", "donors", "stores", "leases", "sessions"):
         assert title in result.stdout
+
+
+def test_status_shows_what_was_taken_back_what_was_dropped_and_what_is_on_disk() -> None:
+    memory = messages.Memory(offered=8 * GIB, leased=0, populated=0, available=9 * GIB, headroom=GIB)
+    donor = messages.DonorInfo(
+        donor="node7", node="n", host="h", connected=True, memory=memory, leases=1, fabrics=["tcp"]
+    )
+    taken = msgspec.structs.replace(donor, reclaimed={"job 17": 2 * GIB, "operator": 512 * MIB})
+    spill = msgspec.structs.replace(donor, donor="disk7", spill=True)
+    spec = messages.StoreSpec(
+        store=b"s" * 16,
+        name="x",
+        tenant="bob",
+        size=GIB,
+        shards=1,
+        shard_size=GIB,
+        persistent=False,
+        compression="none",
+        on_reclaim="drop",
+    )
+    lease = messages.LeaseInfo(
+        lease=b"l" * 16,
+        tenant="bob",
+        kind="shard",
+        size=GIB,
+        donor="",
+        epoch=3,
+        store="x",
+        sessions=1,
+        expires_in=9,
+        links={},
+        state="dropped",
+    )
+    report = messages.StatusReport(
+        uptime=1,
+        donors=[taken, spill],
+        leases=[lease],
+        stores=[messages.StoreInfo(spec=spec, sessions=1, lost_shards=[], dropped=7)],
+        sessions=[],
+    )
+    console = Console(width=200, file=io.StringIO())
+    console.print(status.tables(report, "here"))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    rows = {line.split()[0]: line for line in lines if line}
+    assert "2 GiB by job 17, 512 MiB by operator" in rows["node7"]
+    assert " memory " in rows["node7"]
+    assert " disk " in rows["disk7"]
+    assert "a cache" in rows["x"]
+    assert "7 keys dropped" in rows["x"]
+    assert "dropped" in rows["6c6c6c6c"]
 
 
 # --- tenants ----------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ _COMMANDS = {
     "ls": "memfaas.cli.data:ls",
     "rm": "memfaas.cli.data:rm",
     "demo": "memfaas.cli.demo:demo",
+    "reclaim": "memfaas.cli.reclaim:reclaim",
+    "lend": "memfaas.cli.reclaim:lend",
     "slurm": "memfaas.cli.slurm:slurm",
     "doctor": "memfaas.cli.check:doctor",
     "bench": "memfaas.bench.cli:bench",

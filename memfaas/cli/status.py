@@ -21,7 +21,8 @@ from memfaas.messages import StatusReport
 from memfaas.units import format_duration, format_size
 
 WATCH_EVERY_S = 1.0
-_WIDTH_OF_A_FILE = 160
+_WIDTH_OF_A_FILE = 200
+_STATES = {"held": "green", "granting": "yellow", "moving": "yellow", "dropped": "yellow"}
 
 
 @click.command()
@@ -100,24 +101,29 @@ def tables(report: StatusReport, address: str) -> RenderableType:
 
 
 def donor_table(report: StatusReport) -> Table:
-    sizes = (">lends", ">leased", ">backed", ">available", ">headroom")
-    table = _table("donors", "donor", "host", *sizes, ">leases")
+    sizes = (">at most", ">leased", ">backed", ">available", ">headroom")
+    table = make_table("donors", "donor", "host", "lends", *sizes, ">leases", "taken back")
     for one in report.donors:
         memory = one.memory
         amounts = (memory.offered, memory.leased, memory.populated, memory.available, memory.headroom)
         name = Text(one.donor) if one.connected else Text(f"{one.donor} (away)", "red")
-        table.add_row(name, one.host, *map(format_size, amounts), str(one.leases))
+        kind = "disk" if one.spill else "memory"
+        taken = ", ".join(f"{format_size(size)} by {holder}" for holder, size in sorted(one.reclaimed.items())) or "-"
+        table.add_row(name, one.host, kind, *map(format_size, amounts), str(one.leases), taken)
     return table
 
 
 def _store_table(report: StatusReport) -> Table:
-    table = _table("stores", "store", "tenant", ">size", ">shards", ">sessions", "kind", "state")
+    table = make_table("stores", "store", "tenant", ">size", ">shards", ">sessions", "kind", "state")
     for one in report.stores:
         spec = one.spec
         kind = "persistent" if spec.persistent else "for its sessions"
         kind += "" if spec.compression == "none" else f", {spec.compression}"
+        kind += ", a cache" if spec.on_reclaim == "drop" else ""
         lost = f"shards lost: {', '.join(map(str, one.lost_shards))}"
         state = Text(lost, "red") if one.lost_shards else Text("complete", "green")
+        if one.dropped:
+            state.append(f", {one.dropped} keys dropped", "yellow")
         table.add_row(
             spec.name,
             spec.tenant,
@@ -131,7 +137,7 @@ def _store_table(report: StatusReport) -> Table:
 
 
 def lease_table(report: StatusReport) -> Table:
-    table = _table("leases", "lease", "of", ">size", "donor", ">epoch", ">sessions", "expires in", "links")
+    table = make_table("leases", "lease", "of", ">size", "donor", "state", ">epoch", ">sessions", "expires in", "links")
     for one in report.leases:
         expires = "never" if one.expires_in is None else format_duration(one.expires_in)
         owner = one.tenant if one.store is None else f"store {one.store}"
@@ -140,6 +146,7 @@ def lease_table(report: StatusReport) -> Table:
             owner,
             format_size(one.size),
             one.donor or Text("none", "red"),
+            Text(one.state, _STATES.get(one.state, "red")),
             str(one.epoch),
             str(one.sessions),
             expires,
@@ -149,7 +156,7 @@ def lease_table(report: StatusReport) -> Table:
 
 
 def _session_table(report: StatusReport) -> Table:
-    table = _table("sessions", "session", "tenant", ">leases", "links", "state")
+    table = make_table("sessions", "session", "tenant", ">leases", "links", "state")
     for one in report.sessions:
         state = Text("connected", "green") if one.connected else Text("away", "red")
         table.add_row(one.session.hex()[:8], one.tenant, str(one.leases), _counts(one.fabrics), state)
@@ -160,7 +167,7 @@ def _counts(links: dict[str, int]) -> str:
     return ", ".join(f"{count} {fabric}" for fabric, count in sorted(links.items()) if count) or "-"
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
     """A column whose name begins with > is aligned to the right."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
