@@ -33,6 +33,7 @@ cdef extern from "memfaas.h" nogil:
         int fd
         int64_t deadline
         uint64_t bytes
+        bint spill
     struct mf_stats_t "mf_stats":
         uint64_t keys, parts, used, size, free_spans, epoch, participants
 
@@ -44,7 +45,8 @@ cdef extern from "memfaas.h" nogil:
     void mf_unmap(mf_memory *memory)
     int mf_populate(mf_memory *memory, size_t limit)
     int mf_attach(mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant)
-    void mf_set_state(mf_memory *memory, uint32_t state)
+    uint32_t mf_set_state(mf_memory *memory, uint32_t state)
+    bint mf_thaw(mf_memory *memory)
     uint64_t mf_operations(mf_memory *memory)
     void mf_set_epoch(mf_memory *memory, uint64_t epoch)
     void mf_copy_all(mf_memory *memory)
@@ -104,6 +106,7 @@ cdef extern from "wire.h" nogil:
     mf_server *mf_server_new(mf_memory *memory)
     int mf_server_serve(mf_server *server, int fd)
     int mf_server_connections(mf_server *server)
+    void mf_server_cut(mf_server *server)
     bint mf_server_stop(mf_server *server, int64_t timeout_ns)
     void mf_server_free(mf_server *server)
 

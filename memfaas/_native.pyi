@@ -57,6 +57,8 @@ def format_memory(
 def as_key(key: str | bytes) -> bytes:
     """As it is stored. UsageError when it is neither str nor bytes, ValueTooLarge."""
 
+State = Literal["serving", "frozen", "revoked"]
+
 @final
 class Memory:
     """The owner's side of one lease's memory (for the memory function). Maps both descriptors."""
@@ -75,11 +77,13 @@ class Memory:
 
         MemoryError when the system has no memory; PermissionError when RLIMIT_MEMLOCK forbids the lock
         (pages are then backed but not locked, and the next calls go on without locking)."""
-    def revoke(self) -> None:
-        """From now on every operation on any link ends as REVOKED. Then ftruncate the data."""
-    state: Literal["serving", "frozen", "revoked"]
-    def serve(self) -> None:
-        """Whoever waits for frozen memory goes on."""
+    def revoke(self) -> State:
+        """From now on every operation on any link ends as REVOKED. Then ftruncate the data.
+
+        Returns the state before."""
+    state: State
+    def thaw(self) -> bool:
+        """Whoever waits for frozen memory goes on. False when it is not frozen (any more)."""
     def freeze(self) -> None:
         """Operations that begin from now on wait."""
     def drain(self, timeout_s: float) -> bool:
@@ -95,8 +99,10 @@ class Memory:
         OSError (like the two below): the socket broke, or time is up (ETIMEDOUT)."""
     def copy_rest(self, fd: int, timeout_s: float) -> int:
         """Ends the copy of memory that is frozen and drained."""
-    def receive(self, fd: int, data_fd: int, timeout_s: float) -> int:
-        """Fills `arriving` memory with such a copy, to its end; then `serve` it. EPROTO: it made no sense."""
+    def receive(self, fd: int, data_fd: int, timeout_s: float, spill: bool = False) -> int:
+        """Fills `arriving` memory with such a copy, to its end; then `thaw` it. EPROTO: it made no sense.
+
+        `spill`: the data is a file, and does not stay in the page cache."""
     def punch(self, data_fd: int, limit: int, timeout_s: float) -> int:
         """Gives up to `limit` bytes of free spans back to the kernel; the shard has less room. Returns bytes.
 
@@ -128,6 +134,8 @@ class Server:
     def serve(self, fd: int) -> None:
         """Takes over a connected socket (the descriptor is now the server's)."""
     def connections(self) -> int: ...
+    def cut(self) -> None:
+        """Ends the connections that there are now."""
     def stop(self, timeout_s: float) -> bool:
         """Ends all connections; False when some thread did not end in time."""
 

@@ -150,16 +150,16 @@ cdef class Memory:
 
     def revoke(self):
         self.check()
-        mf_set_state(&self.memory, MF_STATE_REVOKED)
+        return STATES.get(mf_set_state(&self.memory, MF_STATE_REVOKED), "revoked")
 
     @property
     def state(self):
         self.check()
         return STATES.get(self.memory.control.state, "revoked")
 
-    def serve(self):
+    def thaw(self):
         self.check()
-        mf_set_state(&self.memory, MF_STATE_SERVING)
+        return mf_thaw(&self.memory)
 
     def freeze(self):
         self.check()
@@ -186,7 +186,7 @@ cdef class Memory:
         mf_copy_all(&self.memory)
 
     def copy_written(self, int fd, double timeout_s):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False]
         cdef int error
         self.check()
         with nogil:
@@ -196,7 +196,7 @@ cdef class Memory:
         return copy.bytes
 
     def copy_rest(self, int fd, double timeout_s):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False]
         cdef int error
         self.check()
         with nogil:
@@ -205,8 +205,8 @@ cdef class Memory:
             raise OSError(error, os.strerror(error))
         return copy.bytes
 
-    def receive(self, int fd, int data_fd, double timeout_s):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0]
+    def receive(self, int fd, int data_fd, double timeout_s, bint spill=False):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, spill]
         cdef int error
         self.check()
         with nogil:
@@ -292,6 +292,9 @@ cdef class Server:
 
     def connections(self):
         return mf_server_connections(self.server)
+
+    def cut(self):
+        mf_server_cut(self.server)
 
     def stop(self, double timeout_s):
         cdef bint ended

@@ -301,6 +301,8 @@ class LeaseGone(Message, frozen=True, kw_only=True):
     reason: str
     dropped: int | None = None
     """Keys that went with it, when that is what its store asked for (`on_reclaim="drop"`)."""
+    moved_to: str = ""
+    """Donor that has all of it now; this one told it so, or heard so from the broker."""
 
 
 class LeaseMoved(Message, frozen=True, kw_only=True):
@@ -629,22 +631,13 @@ class FunctionReport(Message, frozen=True, kw_only=True):
 
     populated: int
     links: dict[str, int]
-    operations: int = 0
-    """So far, since the memory was made: of two leases the one that gains fewer is less active."""
-
-
-class Stopped(Message, frozen=True, kw_only=True):
-    keys: int | None = None
-    """How many there were, if that was asked."""
 
 
 class Stop(Message, frozen=True, kw_only=True):
     """Agent to function: refuse new operations, free the memory, end."""
 
-    Reply = Stopped
+    Reply = Done
     reason: str
-    count: bool = False
-    """Say how many keys go with it."""
 
 
 # --- handshakes (memfaas.auth) ------------------------------------------------------------------

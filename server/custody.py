@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import trio
 
 from memfaas import _native, rpc
-from memfaas.errors import LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
-from memfaas.messages import Done, Endpoint, FunctionReport, HeldLease, LeaseSpec, Message, Serve, Stop, Stopped
+from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, ProtocolError, TransportError
+from memfaas.messages import (
+    Done,
+    Endpoint,
+    FunctionReport,
+    HeldLease,
+    InDoubt,
+    LeaseSpec,
+    Message,
+    Punch,
+    Punched,
+    Received,
+    Resume,
+    Send,
+    Sent,
+    Serve,
+    Stop,
+    Target,
+    Unpunch,
+)
 from memfaas.server import memory
 from memfaas.server.function import control_path
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import FunctionProcess, Pool
+from memfaas.server.victims import HoldingState, Moved, may_drop
 
 _SERVE_S = 30.0
 """Mending what a killed function left may wait for operations of its clients."""
 _STOP_S = 45.0
-_BACKLOG = 1024
+_PUNCH_S = 10.0
+_ANSWER_S = 1.0
 _MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
@@ -36,8 +57,8 @@ class FunctionLink:
         self.process = process
         self.channel = rpc.Channel(process.stream, self, f"function {process.pid}")
         self.ended = trio.Event()
-        self.report: FunctionReport | None = None
-        self.on_report: Callable[[], None] | None = None
+        self.notices: list[Message] = []
+        self.on_notice_of: Callable[[Message], None] = self.notices.append
 
     async def run(self) -> None:
         try:
@@ -51,18 +72,18 @@ class FunctionLink:
         raise ProtocolError(f"a function does not ask {type(message).__name__}")
 
     def on_notice(self, message: Message) -> None:
-        if not isinstance(message, FunctionReport):
+        if not isinstance(message, FunctionReport | Received | InDoubt):
             raise ProtocolError(f"a function does not say {type(message).__name__}")
-        self.report = message
-        if self.on_report is not None:
-            self.on_report()
+        self.on_notice_of(message)
 
 
 class Custody:
-    """One lease in the agent's hands.
+    """One lease in the agent's hands: a `Holding`.
 
-    `on_change` is called when its function reports something; `on_lost` when it can no longer be
-    served, and then the one called ends it.
+    `on_change` is called when its function reports something; `on_arrived` when a lease that another donor
+    sends is here; `on_doubt` when nobody knows whether it was sent away; `on_evicted` (with the keys that were
+    dropped) when its memory is gone, for the one called to say so and to clear up; `on_lost` when it can no longer
+    be served, and then the one called ends it. `mover` moves it.
     """
 
     def __init__(
@@ -73,28 +94,69 @@ class Custody:
         *,
         donor: str,
         ticket_key: bytes,
+        spill: bool,
+        incoming: float | None = None,
         on_change: Callable[[], None],
+        on_arrived: Callable[[Custody], None],
+        on_doubt: Callable[[Custody, Target], None],
+        on_evicted: Callable[[Custody, str, int], None],
         on_lost: Callable[[Custody, str], None],
+        mover: Callable[[Custody, float], Awaitable[Moved]],
     ) -> None:
-        self.spec = spec
         self.endpoint = endpoint
         self.name = spec.lease.hex()[:8]
-        self.bytes = lease_bytes(spec.kind, spec.size)
         self.links: dict[str, int] = {}
         self.populated = memory.populated(descriptors[0]) + memory.populated(descriptors[1])
+        self.state: HoldingState = "serving" if incoming is None else "arriving"
+        self.punched = 0
+        self._spec = spec
+        self._size = lease_bytes(spec.kind, spec.size)
         self._descriptors = descriptors
         self._donor = donor
         self._ticket_key = ticket_key
+        self._spill = spill
+        self._incoming = incoming
         self._on_change = on_change
+        self._on_arrived = on_arrived
+        self._on_doubt = on_doubt
+        self._on_evicted = on_evicted
         self._on_lost = on_lost
+        self._mover = mover
         self._link: FunctionLink | None = None
+        self._linked = trio.Event()
         self._lock = trio.Lock()
-        self._ending = False
+        self._free = trio.Event()
+        self._operations = (trio.current_time(), 0)
         self._deaths: list[float] = []
 
     @property
+    def spec(self) -> LeaseSpec:
+        return self._spec
+
+    @property
+    def bytes(self) -> int:
+        """What it takes of the node."""
+        return 0 if self._free.is_set() else self._size - self.punched
+
+    @property
     def held(self) -> HeldLease:
-        return HeldLease(spec=self.spec, endpoint=self.endpoint)
+        return HeldLease(spec=self._spec, endpoint=self.endpoint)
+
+    def activity(self) -> float:
+        """Operations per second since the last `sample`."""
+        then, before = self._operations
+        elapsed = trio.current_time() - then
+        return (self._count_operations() - before) / elapsed if elapsed > 0 else 0.0
+
+    def sample(self) -> None:
+        """From now on its activity counts."""
+        self._operations = (trio.current_time(), self._count_operations())
+
+    def _count_operations(self) -> int:
+        with self._mapped() as mapped:
+            return 0 if mapped is None else mapped.operations()
+
+    # --- having it served -----------------------------------------------------------------------
 
     async def keep(
         self,
@@ -121,7 +183,7 @@ class Custody:
 
     async def _start(self, nursery: trio.Nursery, pool: Pool, *, fresh: bool) -> FunctionLink:
         async with self._lock:  # nobody closes the descriptors meanwhile
-            if self._ending:
+            if self.state == "ending":
                 raise LeaseLost(f"lease {self.name} is over")
             link = FunctionLink(await pool.take())
             nursery.start_soon(link.run)
@@ -129,10 +191,12 @@ class Custody:
                 link.process.stream.attach(self._descriptors)
                 serve = Serve(
                     donor=self._donor,
-                    spec=self.spec,
+                    spec=self._spec,
                     endpoint=self.endpoint,
                     ticket_key=self._ticket_key,
                     fresh=fresh,
+                    incoming=self._incoming if fresh else None,
+                    spill=self._spill,
                 )
                 await link.channel.request(serve, Done, _SERVE_S)
             except BaseException:
@@ -143,20 +207,38 @@ class Custody:
             return link
 
     async def _watch(self, link: FunctionLink) -> None:
-        def reported() -> None:
-            if link.report is not None:
-                self.populated, self.links = link.report.populated, link.report.links
-                self._on_change()
-
-        self._link, link.on_report = link, reported
-        reported()
+        self._link, link.on_notice_of = link, self._hear
+        self._linked.set()
+        for message in link.notices:
+            self._hear(message)
         await link.ended.wait()
         self._link = None
+        self._linked = trio.Event()
         await link.process.kill()
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case FunctionReport():
+                self.populated, self.links = message.populated, message.links
+                self._on_change()
+            case Received():
+                self._arrive()
+            case InDoubt():
+                self._on_doubt(self, message.target)
+
+    def _arrive(self) -> None:
+        if self.state == "arriving":
+            self.state = "serving"
+            logger.info("lease %s: arrived", self.name)
+            self._on_arrived(self)
 
     async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionLink | None:
         """Another function on the same memory; None when the lease is over. Raises when none holds out."""
-        while not self._ending:
+        if self.state == "arriving":
+            if self._state_of_memory() != "serving":
+                raise LeaseLost("its function ended before all of it had come")
+            self._arrive()
+        while self.state != "ending":
             now = trio.current_time()
             self._deaths = [at for at in self._deaths if now - at < _DEATHS_WINDOW_S] + [now]
             if len(self._deaths) >= _MAX_DEATHS:
@@ -169,27 +251,132 @@ class Custody:
                 logger.warning("lease %s: %s", self.name, error)
         return None
 
+    def _state_of_memory(self) -> _native.State:
+        """What is true whichever function lives: the state stands in the memory itself."""
+        with self._mapped() as mapped:
+            return "revoked" if mapped is None else mapped.state
+
+    @contextmanager
+    def _mapped(self) -> Iterator[_native.Memory | None]:
+        """Our own look at the memory; None when it is cut off, or was never formatted."""
+        mapped = None
+        try:
+            mapped = _native.Memory(*self._descriptors[:2])
+        except (OSError, ValueError, TypeError):
+            pass
+        try:
+            yield mapped
+        finally:
+            if mapped is not None:
+                mapped.close()
+
+    async def _function(self, timeout_s: float) -> FunctionLink:
+        """The function, once there is one again. Raises TransportError."""
+        with trio.move_on_after(timeout_s):
+            while self._link is None:
+                await self._linked.wait()
+            return self._link
+        raise TransportError(f"lease {self.name} has no function now")
+
+    # --- moving it ------------------------------------------------------------------------------
+
+    async def move(self, deadline: float) -> Moved:
+        """Moves it to another donor; see `Holding.move`."""
+        if self.state != "serving":
+            raise TransportError(f"lease {self.name} cannot be moved while it is {self.state}")
+        self.state = "moving"
+        try:
+            return await self._mover(self, deadline)
+        finally:
+            if self.state == "moving":
+                self.state = "serving"
+
+    async def send(self, target: Target, timeout_s: float) -> Sent:
+        """Has the function send it. A function that died may have sent all of it: then that is in doubt."""
+        link = await self._function(timeout_s)
+        try:
+            return await link.channel.request(Send(target=target, deadline=timeout_s), Sent, timeout_s + _ANSWER_S)
+        except DeadlineExceeded as error:
+            return Sent(outcome="in doubt", reason=str(error))
+        except MemfaasError as error:
+            # Its own word, or it died; if before it froze the memory then nothing can have come of it.
+            sure = not link.channel.closed or self._state_of_memory() == "serving"
+            return Sent(outcome="stayed" if sure else "in doubt", reason=str(error))
+
+    async def resume(self, epoch: int, timeout_s: float) -> None:
+        """It is not served elsewhere and never will be: it is served here, under this epoch. Raises MemfaasError."""
+        self._spec = msgspec.structs.replace(self._spec, epoch=epoch)
+        link = await self._function(timeout_s)
+        await link.channel.request(Resume(epoch=epoch), Done, timeout_s)
+
+    # --- its pages ------------------------------------------------------------------------------
+
+    async def punch(self, size: int) -> int:
+        """Gives free bytes back to the kernel; see `Holding.punch`."""
+        link = await self._function(_PUNCH_S)
+        punched = (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
+        self.punched += punched
+        return punched
+
+    async def unpunch(self) -> None:
+        link = await self._function(_PUNCH_S)
+        await link.channel.request(Unpunch(), Done, _PUNCH_S)
+        self.punched = 0
+
+    # --- ending it ------------------------------------------------------------------------------
+
     async def end(self, reason: str) -> None:
         """Gives the memory back and removes the sockets. Never raises MemfaasError."""
-        self._ending = True
+        self.state = "ending"
         async with self._lock:
             if not self._descriptors:
                 return  # it was ended before
-            freed = await self._stop_function(reason)
+            freed = self._free.is_set() or await self._stop_function(reason)
             if not freed:
-                await trio.to_thread.run_sync(self._cut_off)
-            for descriptor in self._descriptors:
-                os.close(descriptor)
-            self._descriptors = []
-            self._remove_sockets()
+                await self._cut_off(count=False)
+            await self._close()
             logger.info("lease %s: its memory is given back: %s", self.name, reason)
+
+    async def evict(self, reason: str) -> int:
+        """Like `end`, but at once and without help of its function, which may hang.
+
+        Returns the keys that were dropped as their store asked for.
+        """
+        if not self._descriptors or self._free.is_set():
+            return 0
+        arriving = self.state == "arriving"
+        self.state = "ending"
+        with trio.CancelScope(shield=True):
+            keys, before = await self._cut_off(count=may_drop(self._spec))
+            self._free.set()
+            if arriving and before == "serving":  # it had come just now, and was nowhere else any more
+                self._on_arrived(self)
+        logger.info("lease %s: evicted: %s", self.name, reason)
+        self._on_evicted(self, reason, keys)
+        return keys
+
+    async def clear_up(self) -> None:
+        """After `evict`: ends the function and removes the sockets."""
+        async with self._lock:
+            if self._descriptors:
+                await self._close()
+
+    async def _close(self) -> None:
+        self._free.set()
+        if self._link is not None:
+            await self._link.process.kill()
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+        for path in (Path(self.endpoint.unix_path), control_path(self.endpoint.unix_path)):
+            path.unlink(missing_ok=True)
 
     async def _stop_function(self, reason: str) -> bool:
         link = self._link
         if link is None:
             return False
         try:
-            await link.channel.request(Stop(reason=reason), Stopped, _STOP_S)
+            await link.channel.request(Stop(reason=reason), Done, _STOP_S)
             return True
         except MemfaasError as error:
             logger.warning("lease %s: its function did not stop by itself: %s", self.name, error)
@@ -197,53 +384,31 @@ class Custody:
         finally:
             await link.process.kill()
 
-    def _remove_sockets(self) -> None:
-        for path in (Path(self.endpoint.unix_path), control_path(self.endpoint.unix_path)):
-            path.unlink(missing_ok=True)
+    async def _cut_off(self, *, count: bool) -> tuple[int, _native.State]:
+        """What the function would have done: clients that map the memory see that it is revoked.
 
-    def _cut_off(self) -> None:
-        """What the function would have done: clients that map the memory see that it is revoked."""
-        data, control = self._descriptors[:2]
+        Returns how many keys there were, if they are to be counted, and the state before.
+        """
+        # Copies: ours may be closed, and their numbers be used again, while the kernel frees the pages.
+        data, control = (os.dup(descriptor) for descriptor in self._descriptors[:2])
         try:
-            mapped = _native.Memory(data, control)
-            mapped.revoke()
+            return await trio.to_thread.run_sync(_cut_off, data, control, count)
+        finally:
+            os.close(data)
+            os.close(control)
+
+
+def _cut_off(data: int, control: int, count: bool) -> tuple[int, _native.State]:
+    keys = 0
+    before: _native.State = "revoked"
+    try:
+        mapped = _native.Memory(data, control)
+        try:
+            keys = mapped.stats()["keys"] if count else 0
+            before = mapped.revoke()
+        finally:
             mapped.close()
-        except (OSError, ValueError) as error:  # it was never formatted
-            logger.debug("lease %s: cut off without a notice: %s", self.name, error)
-        os.ftruncate(data, 0)
-
-
-def make_descriptors(spec: LeaseSpec, unix_path: Path, host: str) -> tuple[list[int], int]:
-    """Memory and listening sockets of a new lease, and the tcp port. Raises TransportError."""
-    made: list[int] = []
-    try:
-        made += memory.make(spec.kind, spec.size, spec.lease.hex()[:8])
-        unix_path.unlink(missing_ok=True)
-        with socket.socket(socket.AF_UNIX) as unix:
-            unix.bind(str(unix_path))
-            os.chmod(unix_path, 0o666)  # for clients of other users: what opens the door is a ticket
-            unix.listen(_BACKLOG)
-            made.append(unix.detach())
-        with _listen(host) as tcp:
-            port = tcp.getsockname()[1]
-            made.append(tcp.detach())
-        return made, port
-    except OSError as error:
-        for descriptor in made:
-            os.close(descriptor)
-        raise TransportError(f"cannot make memory and sockets for a lease: {error}") from error
-
-
-def _listen(host: str) -> socket.socket:
-    family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(where[:2], family=family, backlog=_BACKLOG)
-
-
-def check_host(host: str) -> None:
-    """Whether leases can listen there; better known now than at each grant. Raises UsageError."""
-    try:
-        _listen(host).close()
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on {host} ({error.strerror}); --listen-host is an address of this node"
-        ) from error
+    except (OSError, ValueError) as error:  # it was never formatted
+        logger.debug("a lease was cut off without a notice: %s", error)
+    os.ftruncate(data, 0)
+    return keys, before

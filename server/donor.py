@@ -1,15 +1,14 @@
 """The donor agent: lends this node's memory, and sees to it that memory functions serve it.
 
-It makes the memory of each lease, has a function serve it, and tells the broker what it holds. It is
-not in the way of any data. When it is killed, its functions go on, and the next agent finds them;
-when it is told to stop, it takes all memory back first.
+It makes the memory of each lease, has a function serve it, tells the broker what it holds, and gives
+memory back when the node needs it. It is not in the way of any data. When it is killed, its functions go
+on, and the next agent finds them; when it is told to stop, it takes all memory back first.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +16,12 @@ import trio
 
 from memfaas import auth, node, rpc
 from memfaas.config import DonorSettings
-from memfaas.errors import AccessError, CapacityError, MemfaasError, ProtocolError, TransportError, UsageError
+from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
 from memfaas.fabric import boot_id
 from memfaas.messages import (
     Adopt,
+    Arrived,
+    Done,
     DonorReport,
     Endpoint,
     Free,
@@ -29,28 +30,37 @@ from memfaas.messages import (
     Granted,
     LeaseGone,
     LeaseSpec,
+    Lend,
     Memory,
     Message,
+    MoveAway,
+    Receive,
+    Reclaim,
+    Reclaimed,
     Register,
     Registered,
     Serving,
+    Target,
 )
-from memfaas.server import memory, process
-from memfaas.server.custody import Custody, FunctionLink, check_host, make_descriptors
+from memfaas.server import memory, mover, process
+from memfaas.server.custody import Custody, FunctionLink
+from memfaas.server.descriptors import check_host, make_descriptors
+from memfaas.server.desk import Desk
 from memfaas.server.fds import FdStream, peer_of
 from memfaas.server.home import Home
+from memfaas.server.line import Line
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import FunctionProcess, Pool
+from memfaas.server.reclaim import Reclaimer
 from memfaas.server.serving import DESCRIPTORS
+from memfaas.server.victims import Moved, may_drop
 from memfaas.units import MIB, format_size
 
 _ADOPT_S = 5.0
 _REGISTER_S = 10.0
 _STOP_S = 60.0
-_SAY_S = 2.0
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 0.9
-"""Between attempts to reach the broker. Short: it waits only a moment for its donors after a restart."""
+_HOME_S = 600.0
+"""For a lease to move from a spill donor back to memory; nothing is lost when it takes longer."""
 _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
 _REPORT_PAUSE_S = 1.0
@@ -65,19 +75,21 @@ class Agent:
     def __init__(self, settings: DonorSettings, secret: bytes, on_ready: Callable[..., None]) -> None:
         self._settings = settings
         self._name = settings.name
-        self._credentials = auth.Credentials.of_donor(secret, settings.name)
         self._ticket_key = auth.ticket_key(secret, settings.name)
         self._on_ready = on_ready
         self._home = Home(settings.home)
         self._pool = Pool(settings.warm)
         self._custodies: dict[bytes, Custody] = {}
-        self._offered = 0
+        self._reclaimer = Reclaimer(settings.name, lambda: list(self._custodies.values()))
+        credentials = auth.Credentials.of_donor(secret, settings.name)
+        self._line = Line(settings.name, settings.broker, credentials, self, self._register)
+        self._desk = Desk(self._home.desk_path, _DeskPeer(self))
         self._host = settings.listen_host or ""
-        self._channel: rpc.Channel | None = None
         self._ready = False
         self._serving = True
         self._stopping = False
         self._changed = trio.Event()
+        self._sampled = 0.0
         self._reported: DonorReport | None = None
         self._failure: MemfaasError | None = None
         self._failed = trio.Event()
@@ -119,10 +131,15 @@ class Agent:
                     try:
                         if self._settings.listen_host is not None:
                             check_host(self._settings.listen_host)
+                        if self._settings.backing is not None:
+                            memory.check_backing(self._settings.backing)
+                        await self._nursery.start(self._reclaimer.run)
                         await self._adopt_all()
-                        self._offered = self._offer()
+                        self._reclaimer.nominal = self._offer()
+                        self._reclaimer.restore(self._home.reserved())
                         self._nursery.start_soon(self._report_changes)
-                        await self._stay_connected()
+                        self._nursery.start_soon(self._desk.run)
+                        await self._line.run()
                     except MemfaasError as error:
                         self._failure = error
                         self._failed.set()
@@ -133,7 +150,7 @@ class Agent:
         self._stopping = True
         logger.info("donor %s: stopping, gives back %d leases", self._name, len(self._custodies))
         for custody in self._custodies.values():
-            await self._say(LeaseGone(lease=custody.spec.lease, reason=f"donor {self._name} was stopped"))
+            await self._line.say(LeaseGone(lease=custody.spec.lease, reason=f"donor {self._name} was stopped"))
         async with trio.open_nursery() as nursery:
             for custody in list(self._custodies.values()):
                 nursery.start_soon(self._drop, custody, "the donor was stopped")
@@ -143,8 +160,8 @@ class Agent:
     def _offer(self) -> int:
         """How much to lend in all. Raises UsageError when that is nothing."""
         headroom = self._settings.headroom
-        lendable = memory.available() + sum(one.populated for one in self._custodies.values()) - headroom
-        if not node.gives_huge_pages():
+        lendable = self._available() + sum(one.populated for one in self._custodies.values()) - headroom
+        if self._settings.backing is None and not node.gives_huge_pages():
             logger.warning(
                 "this node gives shared memory no 2 MiB pages, so it comes back about 50 times slower when it "
                 "is needed (some 5 GiB/s); run as root: echo advise > %s",
@@ -166,32 +183,44 @@ class Agent:
             )
         return self._settings.memory
 
+    def _available(self) -> int:
+        return memory.available(backing=self._settings.backing)
+
     def _memory(self) -> Memory:
         custodies = self._custodies.values()
         return Memory(
-            offered=self._offered,
+            offered=self._reclaimer.offered,
             leased=sum(one.bytes for one in custodies),
             populated=sum(one.populated for one in custodies),
-            available=memory.available(),
+            available=self._available(),
             headroom=self._settings.headroom,
         )
 
     # --- leases ---------------------------------------------------------------------------------
 
-    def _custody(self, spec: LeaseSpec, endpoint: Endpoint, descriptors: list[int]) -> Custody:
+    def _custody(self, spec: LeaseSpec, endpoint: Endpoint, descriptors: list[int], incoming: float | None) -> Custody:
         custody = Custody(
             spec,
             endpoint,
             descriptors,
             donor=self._name,
             ticket_key=self._ticket_key,
+            spill=self._settings.backing is not None,
+            incoming=incoming,
             on_change=self._change,
+            on_arrived=lambda custody: self._nursery.start_soon(self._take_in, custody),
+            on_doubt=lambda custody, target: self._nursery.start_soon(self._settle, custody, target),
+            on_evicted=lambda custody, reason, keys: self._nursery.start_soon(
+                self._after_eviction, custody, reason, keys
+            ),
             on_lost=lambda custody, reason: self._nursery.start_soon(self._lose, custody, reason),
+            mover=self._move,
         )
         self._custodies[spec.lease] = custody
         return custody
 
-    async def _grant(self, spec: LeaseSpec) -> Granted:
+    async def _grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
+        """Makes memory for a lease, and has it served; `incoming`: once another donor has sent it, in that time."""
         if self._stopping:
             raise TransportError(f"donor {self._name} is stopping")
         if spec.lease in self._custodies:
@@ -202,9 +231,12 @@ class Agent:
             await self._report()  # the broker believed that there was room
             raise
         path = self._home.unix_path(spec.lease)
-        descriptors, port = make_descriptors(spec, path, self._host)
+        # In a thread: to allocate a large file takes a while.
+        descriptors, port = await trio.to_thread.run_sync(
+            make_descriptors, spec, path, self._host, self._settings.backing
+        )
         endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port)
-        custody = self._custody(spec, endpoint, descriptors)
+        custody = self._custody(spec, endpoint, descriptors, incoming)
         try:
             await self._nursery.start(custody.keep, self._nursery, self._pool)
         except MemfaasError:
@@ -222,12 +254,69 @@ class Agent:
 
     async def _drop(self, custody: Custody, reason: str) -> None:
         await custody.end(reason)
-        self._custodies.pop(custody.spec.lease, None)
+        self._forget(custody)
+
+    def _forget(self, custody: Custody) -> None:
+        if self._custodies.get(custody.spec.lease) is custody:
+            del self._custodies[custody.spec.lease]
+        self._reclaimer.changed()
         self._answer_gave_memory()
 
     async def _lose(self, custody: Custody, reason: str) -> None:
         await self._drop(custody, reason)
-        await self._say(LeaseGone(lease=custody.spec.lease, reason=reason))
+        await self._line.say(LeaseGone(lease=custody.spec.lease, reason=reason))
+
+    # --- giving memory back ---------------------------------------------------------------------
+
+    async def reclaim(self, message: Reclaim) -> Reclaimed:
+        """Raises UsageError."""
+        reclaimed = await self._reclaimer.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
+        self._reservations_changed()
+        return reclaimed
+
+    def lend(self, message: Lend) -> Done:
+        self._reclaimer.lend(message.holder)
+        self._reservations_changed()
+        return Done()
+
+    def _reservations_changed(self) -> None:
+        self._home.save_reserved(self._reclaimer.reserved)
+        self._answer_gave_memory()
+
+    async def _move(self, custody: Custody, deadline: float) -> Moved:
+        try:
+            moved = await mover.move(custody, self._line, deadline)
+        except LeaseLost as error:
+            await self._lose(custody, str(error))
+            raise
+        self._forget(custody)
+        return moved
+
+    async def _settle(self, custody: Custody, target: Target) -> None:
+        """What an earlier agent, or a function that this one did not ask, has left in doubt."""
+        try:
+            if await mover.settle(custody, self._line, target):
+                await self._drop(custody, f"it was moved to donor {target.place.donor}")
+        except MemfaasError as error:
+            await self._lose(custody, str(error))
+
+    async def _take_in(self, custody: Custody) -> None:
+        self._reclaimer.changed()
+        await self._line.say(Arrived(held=custody.held))
+        self._answer_gave_memory()
+
+    async def _after_eviction(self, custody: Custody, reason: str, keys: int) -> None:
+        dropped = keys if may_drop(custody.spec) else None
+        await self._line.say(LeaseGone(lease=custody.spec.lease, reason=reason, dropped=dropped))
+        await custody.clear_up()
+        self._forget(custody)
+
+    async def _bring_home(self, lease: bytes) -> Done:
+        custody = self._custodies.get(lease)
+        if custody is None:
+            raise LeaseLost(f"lease {lease.hex()[:8]} is not here")
+        await custody.move(trio.current_time() + _HOME_S)
+        return Done()
 
     # --- functions of an earlier agent ----------------------------------------------------------
 
@@ -251,9 +340,11 @@ class Agent:
         except BaseException:
             await link.process.let_go()
             raise
-        custody = self._custody(serving.spec, serving.endpoint, descriptors)
+        custody = self._custody(serving.spec, serving.endpoint, descriptors, 0.0 if serving.incoming else None)
         await self._nursery.start(custody.keep, self._nursery, self._pool, link)
         logger.info("lease %s: adopted function %d", custody.name, pid)
+        if serving.in_doubt is not None:
+            self._nursery.start_soon(self._settle, custody, serving.in_doubt)
 
     async def _ask_to_serve_us(self, link: FunctionLink) -> tuple[Serving, list[int]]:
         stream = link.process.stream
@@ -270,103 +361,53 @@ class Agent:
 
     # --- the broker -----------------------------------------------------------------------------
 
-    async def _stay_connected(self) -> None:
-        """Connects again whenever the connection breaks. Raises what waiting does not mend."""
-        pause = _FIRST_PAUSE_S
-        trouble = ""
-        while True:
-            failure = await self._connection()
-            if failure is None:
-                logger.warning("donor %s: lost the broker at %s", self._name, self._settings.broker)
-                pause = _FIRST_PAUSE_S
-            elif isinstance(failure, AccessError | ProtocolError) and not self._ready:
-                raise failure
-            elif str(failure) != trouble:
-                trouble = str(failure)
-                logger.warning("donor %s: no connection to the broker, still trying: %s", self._name, trouble)
-            # Jitter: every donor lost the same broker at the same moment.
-            await trio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 1.6, _LONGEST_PAUSE_S)
-
-    async def _connection(self) -> MemfaasError | None:
-        """One connection, until it ends. Returns why we could not register, or None."""
-        broker = self._settings.broker
-        try:
-            stream = await rpc.dial(broker.host, broker.port, "donor", self._credentials)
-        except MemfaasError as error:
-            return error
-        process.notice_dead_peers(stream.socket)
-        self._learn_host(str(stream.socket.getsockname()[0]))
-        channel = rpc.Channel(stream, self, "the broker")
-        failure: MemfaasError | None = TransportError("the connection to the broker broke")
-        async with trio.open_nursery() as nursery:
-
-            async def run() -> None:
-                try:
-                    await channel.run()
-                except ProtocolError as error:
-                    logger.error("donor %s: %s", self._name, error)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(run)
-            try:
-                await self._register(channel)
-            except MemfaasError as error:
-                failure = error
-                nursery.cancel_scope.cancel()
-            else:
-                failure = None
-                self._channel = channel
-                self._change()
-        self._channel = None
-        return failure
-
     def _learn_host(self, local: str) -> None:
         """Clients reach us by the address that we have on the way to the broker, unless told otherwise."""
         told = self._settings.listen_host
         self._host = local if told in (None, "0.0.0.0", "::") else told
 
-    async def _register(self, channel: rpc.Channel) -> None:
+    async def _register(self, channel: rpc.Channel, address: str) -> None:
+        self._learn_host(address)
         self._reported = None
         register = Register(
             donor=self._name,
             node=boot_id(),
             host=self._host,
             memory=self._memory(),
-            held=[custody.held for custody in self._custodies.values()],
+            held=[one.held for one in self._custodies.values() if one.state in ("serving", "moving")],
+            spill=self._settings.backing is not None,
         )
         answer = await channel.request(register, Registered, _REGISTER_S)
-        logger.info("donor %s: registered, lends %s", self._name, format_size(self._offered))
+        logger.info("donor %s: registered, lends %s", self._name, format_size(self._reclaimer.offered))
         for lease in answer.drop:
             self._nursery.start_soon(self._drop_and_say, lease)
         if not self._ready:
             self._ready = True
-            self._on_ready(role="donor", donor=self._name, host=self._host, offered=self._offered)
+            self._on_ready(role="donor", donor=self._name, host=self._host, offered=self._reclaimer.offered)
+        self._answer_gave_memory()
 
     async def _drop_and_say(self, lease: bytes) -> None:
         await self._free(lease, "the broker says that it is over")
-        await self._say(LeaseGone(lease=lease, reason="it was over"))
+        await self._line.say(LeaseGone(lease=lease, reason="it was over"))
 
     async def on_request(self, message: Message) -> Message:
         match message:
             case Grant():
                 return await process.detached(self._nursery, lambda: self._grant(message.spec))
+            case Receive():
+                return await process.detached(self._nursery, lambda: self._grant(message.spec, message.timeout))
             case Free():
                 return await process.detached(self._nursery, lambda: self._free(message.lease, message.reason))
+            case Reclaim():
+                return await self.reclaim(message)
+            case Lend():
+                return self.lend(message)
+            case MoveAway():
+                return await process.detached(self._nursery, lambda: self._bring_home(message.lease))
         raise ProtocolError(f"a donor does not answer {type(message).__name__}")
 
     def on_notice(self, message: Message) -> None:
         raise ProtocolError(f"a donor is told no {type(message).__name__}")
-
-    async def _say(self, message: Message) -> None:
-        """Tells the broker; when it is away, the next registration does."""
-        if self._channel is None:
-            return
-        try:
-            with trio.move_on_after(_SAY_S):
-                await self._channel.notify(message)
-        except TransportError:
-            pass
 
     # --- reports --------------------------------------------------------------------------------
 
@@ -383,24 +424,56 @@ class Agent:
             with trio.move_on_after(_LOOK_S):
                 await self._changed.wait()
             self._changed = trio.Event()
+            self._sample()
             if self._reported is None or _differs(self._reported, self._draft()):
                 await self._report()
                 await trio.sleep(_REPORT_PAUSE_S)
 
+    def _sample(self) -> None:
+        if trio.current_time() - self._sampled >= _LOOK_S:
+            self._sampled = trio.current_time()
+            for custody in self._custodies.values():
+                custody.sample()
+
     def _draft(self) -> DonorReport:
-        links = {custody.spec.lease: custody.links for custody in self._custodies.values() if custody.links}
-        return DonorReport(memory=self._memory(), links=links)
+        custodies = self._custodies.values()
+        return DonorReport(
+            memory=self._memory(),
+            links={one.spec.lease: one.links for one in custodies if one.links},
+            populated={one.spec.lease: one.populated for one in custodies},
+            reclaimed=self._reclaimer.reserved,
+        )
 
     async def _report(self) -> None:
-        if self._channel is not None:
+        if self._line.open:
             self._reported = self._draft()
-            await self._say(self._reported)
+            await self._line.say(self._reported)
+
+
+class _DeskPeer:
+    """What a program of this node may ask."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def on_request(self, message: Message) -> Message:
+        match message:
+            case Reclaim():
+                return await self._agent.reclaim(message)
+            case Lend():
+                return self._agent.lend(message)
+        raise ProtocolError(f"a donor answers no {type(message).__name__} here")
+
+    def on_notice(self, message: Message) -> None:
+        raise ProtocolError(f"a donor is told no {type(message).__name__}")
 
 
 def _differs(old: DonorReport, new: DonorReport) -> bool:
     """Whether the broker should know."""
     return (
         old.links != new.links
+        or old.reclaimed != new.reclaimed
+        or old.memory.offered != new.memory.offered
         or old.memory.leased != new.memory.leased
         or abs(old.memory.populated - new.memory.populated) >= min(_NOTICEABLE, new.memory.leased // 8 or 1)
         or abs(old.memory.available - new.memory.available) >= _NOTICEABLE

@@ -1,24 +1,22 @@
-"""Where clients come in: the handshake with a ticket, and then the memory, over shm or tcp."""
+"""Where clients come in to a lease's memory, over shm or tcp."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import trio
 
 from memfaas import _native, auth, rpc
-from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
-from memfaas.messages import LeaseSpec, Refused, TicketHello, Welcome
+from memfaas.errors import AccessError, FabricUnavailable, MemfaasError
+from memfaas.messages import Welcome
 from memfaas.server import process
+from memfaas.server.doorman import Doorman, refuse
 from memfaas.server.fds import FdStream, peer_of
-from memfaas.server.lobby import Lobby
 
-_STRANGERS = 64
 _PUT_RIGHT_S = 10.0
 
 logger = logging.getLogger(__name__)
@@ -34,25 +32,25 @@ class Door:
         self,
         memory: _native.Memory,
         descriptors: list[int],
-        spec: LeaseSpec,
-        donor: str,
-        ticket_key: bytes,
+        doorman: Doorman,
         on_change: Callable[[], None],
     ) -> None:
         self._memory = memory
         self._server = _native.Server(memory)
         self._descriptors = descriptors
-        self._spec = spec
-        self._donor = donor
-        self._ticket_key = ticket_key
+        self._doorman = doorman
+        self._name = doorman.spec.lease.hex()[:8]
         self._on_change = on_change
-        self._lobby = Lobby(_STRANGERS)
         self._attached = 0
         self._reaped = trio.Event()
 
     def links(self) -> dict[str, int]:
         counts = {"shm": self._attached, "tcp": self._server.connections()}
         return {fabric: count for fabric, count in counts.items() if count}
+
+    def cut(self) -> None:
+        """Ends the tcp connections that there are now; their clients connect again."""
+        self._server.cut()
 
     def stop(self, timeout_s: float) -> bool:
         """Ends all tcp connections; False when some did not end in time. Blocks."""
@@ -69,61 +67,21 @@ class Door:
             nursery.start_soon(trio.serve_listeners, self._on_tcp, [tcp])
 
     async def _on_unix(self, stream: trio.SocketStream) -> None:
-        await self._guarded(self._serve_shm, stream)
+        await self._doorman.guarded(self._serve_shm, stream)
 
     async def _on_tcp(self, stream: trio.SocketStream) -> None:
-        await self._guarded(self._serve_tcp, stream)
-
-    async def _guarded(self, serve: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream) -> None:
-        """What goes wrong with one client ends its connection only."""
-        name = self._spec.lease.hex()[:8]
-        try:
-            await serve(stream)
-        except (OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:
-            logger.debug("lease %s: a client went before it was admitted: %r", name, error)
-        except MemfaasError as error:
-            logger.warning("lease %s: a client was refused: %s", name, error)
-        except Exception:
-            logger.exception("lease %s: a client's connection was closed", name)
-
-    # --- the handshake --------------------------------------------------------------------------
-
-    async def _admit(self, stream: trio.SocketStream, fabric: Literal["shm", "tcp"]) -> auth.Ticket | None:
-        """The client's ticket; None for one that took too long. One that is refused is told why."""
-        ticket = None
-        with self._lobby.stranger(rpc.HANDSHAKE_TIMEOUT_S):
-            try:
-                ticket = await self._handshake(stream, fabric)
-            except MemfaasError as error:
-                await _refuse(stream, error)
-                raise
-        return ticket
-
-    async def _handshake(self, stream: trio.SocketStream, fabric: Literal["shm", "tcp"]) -> auth.Ticket:
-        hello = await rpc.receive_message(stream)
-        auth.check_hello(hello)
-        if not isinstance(hello, TicketHello) or hello.fabric != fabric:
-            raise ProtocolError(f"expected the hello of a client over {fabric}")
-        spec = self._spec
-        ticket = auth.check_ticket(
-            hello.ticket, lease=spec.lease, epoch=spec.epoch, tenant=spec.tenant, donor=self._donor
-        )
-        key = auth.proof_key(self._ticket_key, hello.ticket)
-        asked = auth.challenge(hello, key)
-        await rpc.send_message(stream, asked)
-        auth.check_answer(hello, asked, await rpc.receive_message(stream), key)
-        return ticket
+        await self._doorman.guarded(self._serve_tcp, stream)
 
     # --- shm ------------------------------------------------------------------------------------
 
     async def _serve_shm(self, stream: trio.SocketStream) -> None:
-        ticket = await self._admit(stream, "shm")
+        ticket = await self._doorman.admit(stream, "shm")
         if ticket is None:
             return
         try:
             pid, pidfd = _identify(stream, ticket)
         except MemfaasError as error:
-            await _refuse(stream, error)
+            await refuse(stream, error)
             raise
         try:
             await self._lend(stream, pid, pidfd)
@@ -137,7 +95,7 @@ class Door:
         except OSError as error:
             reason = "all its places are taken" if error.errno == errno.EMFILE else error.strerror
             refusal = FabricUnavailable(f"shm cannot attach one more process to this lease: {reason}")
-            await _refuse(stream, refusal)
+            await refuse(stream, refusal)
             raise refusal from error
         self._attached += 1
         self._on_change()
@@ -176,13 +134,12 @@ class Door:
             await self._reaped.wait()
             self._reaped = trio.Event()
             while not await trio.to_thread.run_sync(self._memory.put_right, _PUT_RIGHT_S):
-                name = self._spec.lease.hex()[:8]
-                logger.warning("lease %s: an operation does not end, so what dead clients held stays held", name)
+                logger.warning("lease %s: an operation does not end, so what dead clients held stays held", self._name)
 
     # --- tcp ------------------------------------------------------------------------------------
 
     async def _serve_tcp(self, stream: trio.SocketStream) -> None:
-        if await self._admit(stream, "tcp") is None:
+        if await self._doorman.admit(stream, "tcp") is None:
             return
         process.notice_dead_peers(stream.socket)
         with trio.fail_after(rpc.HANDSHAKE_TIMEOUT_S):
@@ -236,11 +193,3 @@ async def _until_gone(stream: trio.SocketStream, pidfd: int) -> None:
         nursery.start_soon(until_closed)
         await trio.lowlevel.wait_readable(pidfd)
         nursery.cancel_scope.cancel()
-
-
-async def _refuse(stream: trio.SocketStream, error: MemfaasError) -> None:
-    with trio.move_on_after(1):
-        try:
-            await rpc.send_message(stream, Refused(code=error.code, text=str(error)))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass

@@ -18,8 +18,24 @@ from pathlib import Path
 import trio
 
 from memfaas import rpc
-from memfaas.errors import ProtocolError, TransportError
-from memfaas.messages import Adopt, Done, FunctionReport, Message, Serve, Serving, Stop, Stopped
+from memfaas.errors import LeaseLost, ProtocolError, TransportError
+from memfaas.messages import (
+    Adopt,
+    Done,
+    FunctionReport,
+    InDoubt,
+    Message,
+    Punch,
+    Punched,
+    Received,
+    Resume,
+    Send,
+    Sent,
+    Serve,
+    Serving,
+    Stop,
+    Unpunch,
+)
 from memfaas.server import process
 from memfaas.server.fds import FdStream, peer_of
 from memfaas.server.serving import DESCRIPTORS, Served
@@ -102,24 +118,66 @@ class Function:
         """Becomes the function of a lease. Raises LeaseLost when its memory makes no sense."""
         if self._served is not None:
             raise ProtocolError("this function serves a lease already")
-        token = trio.lowlevel.current_trio_token()
-        served = Served(message, descriptors, on_change=lambda: self._changed.set())
+        served = Served(message, descriptors, lambda: self._changed.set(), self._received)
         await served.prepare()
         _call_oneself(f"mf-{served.name}")
         control = _listen(control_path(message.endpoint.unix_path))
         self._served = served
-        self._nursery.start_soon(served.run)
+        self._nursery.start_soon(self._run, served)
         self._nursery.start_soon(self._accept_agents, control)
         self._nursery.start_soon(self._report, served)
-        served.start_populating(lambda: token.run_sync_soon(lambda: self._changed.set()))
+
+    async def _run(self, served: Served) -> None:
+        try:
+            await served.run()
+        except LeaseLost as error:
+            logger.warning("%s", error)
+            self._nursery.cancel_scope.cancel()  # its agent takes the memory back
+
+    def the_lease(self) -> Served:
+        """Raises ProtocolError when there is none."""
+        if self._served is None or self._ended:
+            raise ProtocolError("this function serves no lease")
+        return self._served
+
+    def _received(self) -> None:
+        self._nursery.start_soon(self._tell, Received())
+
+    async def _tell(self, message: Message) -> None:
+        if self._agent is not None:
+            try:
+                await self._agent.notify(message)
+            except TransportError:
+                pass  # a new agent asks
+
+    async def send(self, message: Send) -> Sent:
+        """Comes to its end even if the agent that asked is killed; then the next one is told, or nobody need be."""
+        served, asked_by = self.the_lease(), self._agent
+
+        async def work() -> Sent:
+            sent = await served.send(message.target, message.deadline)
+            if self._agent is not asked_by or asked_by is None or asked_by.closed:
+                if sent.outcome == "moved":
+                    await self.stop()
+                elif sent.outcome == "in doubt":
+                    await self._tell(InDoubt(target=message.target))
+            return sent
+
+        return await process.detached(self._nursery, work)
 
     def serving(self) -> tuple[Serving, list[int]]:
         """What a new agent has to know, and the descriptors that it needs."""
-        if self._served is None or self._ended:
-            raise ProtocolError("this function serves no lease")
-        message = self._served.message
-        answer = Serving(donor=message.donor, spec=message.spec, endpoint=message.endpoint, pid=os.getpid())
-        return answer, self._served.descriptors
+        served = self.the_lease()
+        message = served.message
+        answer = Serving(
+            donor=message.donor,
+            spec=message.spec,
+            endpoint=message.endpoint,
+            pid=os.getpid(),
+            incoming=served.incoming,
+            in_doubt=served.in_doubt,
+        )
+        return answer, served.descriptors
 
     async def stop(self) -> None:
         self._ended = True
@@ -201,9 +259,19 @@ class _AgentPeer:
                 self._function.obey(self.channel)
                 self._stream.attach(descriptors)
                 return answer
+            case Send():
+                return await self._function.send(message)
+            case Resume():
+                self._function.the_lease().resume(message.epoch)
+                return Done()
+            case Punch():
+                return Punched(size=await self._function.the_lease().punch(message.size))
+            case Unpunch():
+                self._function.the_lease().unpunch()
+                return Done()
             case Stop():
                 await self._function.stop()
-                return Stopped()
+                return Done()
         raise ProtocolError(f"a function does not answer {type(message).__name__}")
 
     def _take(self, count: int) -> list[int]:

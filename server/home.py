@@ -1,15 +1,21 @@
-"""A donor's folder: its lock, and the sockets of its memory functions."""
+"""A donor's folder: its lock, its own socket and those of its memory functions, and what it has set aside."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import logging
 import os
 import stat
 from pathlib import Path
 
 from memfaas.errors import UsageError
+from memfaas.fabric import boot_id
 
 _LOCK = "lock"
+_RESERVED = "reserved.json"
+
+logger = logging.getLogger(__name__)
 
 
 class Home:
@@ -53,6 +59,28 @@ class Home:
                 raise
             os.close(lock)  # its last holder removed it, just before we had it
 
+    @property
+    def desk_path(self) -> Path:
+        """Where programs of this node ask the agent."""
+        return self.folder / "agent.sock"
+
+    def reserved(self) -> dict[str, int]:
+        """What an earlier agent of this donor had set aside, by holder; nothing after the node was started anew."""
+        try:
+            saved = json.loads((self.folder / _RESERVED).read_text())
+            return {str(k): int(v) for k, v in saved["reserved"].items()} if saved["boot"] == boot_id() else {}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.error("%s cannot be read, so what was set aside is lent again: %s", self.folder / _RESERVED, error)
+            return {}
+
+    def save_reserved(self, reserved: dict[str, int]) -> None:
+        """For the next agent, if this one is killed."""
+        draft = self.folder / f"{_RESERVED}.new"
+        draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
+        draft.replace(self.folder / _RESERVED)
+
     def unix_path(self, lease: bytes) -> Path:
         """Half of a lease's identity: a socket's path must be short."""
         return self.folder / f"{lease.hex()[:16]}.sock"
@@ -70,6 +98,8 @@ class Home:
         """Unlocks it for the next agent, and removes it if there is nothing left for one to find."""
         if self._lock is None:
             return
+        if not any(self.control_paths()):
+            (self.folder / _RESERVED).unlink(missing_ok=True)
         if [path.name for path in self.folder.iterdir()] == [_LOCK]:
             (self.folder / _LOCK).unlink()
             _remove_if_empty(self.folder)

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 
+import msgspec
 import trio
 
 from memfaas.errors import MemfaasError
@@ -87,17 +88,31 @@ class Reclaimer:
         granted unless it fits between this and `offered`."""
         return self._ledger.used
 
-    async def reclaim(self, size: int, deadline_s: float, holder: str) -> Reclaimed:
+    async def reclaim(self, size: int, deadline_s: float, holder: str, *, in_all: bool = False) -> Reclaimed:
         """Lends `size` bytes less from now until `lend(holder)`, and has them free by the deadline.
 
         More than is offered is taken as all of it. Returns when it is over; a cancelled caller does not
-        stop it. `asked` in the answer is without what the holder lent again meanwhile; `freed` may
-        be more, for leases leave whole. Raises UsageError.
+        stop it. `in_all`: `size` is what the holder needs in all; what it took back before counts, and its
+        reclaims that are under way are waited for. `asked` in the answer is without what the holder lent
+        again meanwhile; `freed` may be more, for leases leave whole. Raises UsageError.
         """
-        debt = self._ledger.borrow(holder, size, deadline_s)
+        earlier = [debt for debt in self._ledger.debts if debt.holder == holder] if in_all else []
+        more = max(0, size - self._ledger.reserved.get(holder, 0)) if in_all else size
+        debt = self._ledger.borrow(holder, more, deadline_s)
         self._nursery.start_soon(self._collect, debt)
         await debt.ended.wait()
-        return debt.result(self._donor)
+        with trio.move_on_at(debt.deadline):
+            for one in earlier:
+                await one.ended.wait()
+        held = self._ledger.reserved.get(holder, 0)
+        result = debt.result(self._donor)
+        in_time = result.in_time and all(one.ended.is_set() for one in earlier)
+        return msgspec.structs.replace(result, held=held, in_time=in_time)
+
+    def restore(self, reserved: dict[str, int]) -> None:
+        """What an earlier agent of this donor had taken back; its reclaims are over."""
+        self._ledger.reserved.update(reserved)
+        self.changed()
 
     def lend(self, holder: str, size: int | None = None) -> None:
         """So many bytes of what this holder took back may be lent again, or all of it."""
@@ -147,15 +162,15 @@ class Reclaimer:
 
     def _take_leases(self, debt: Debt) -> float | None:
         """Starts what has to be started now. Returns when to look again; None when nothing can be done."""
-        doomed = self._doomed(debt)
-        while doomed and self._evict_at(debt, doomed) <= trio.current_time():
-            self._start_evicting(
-                debt, doomed.pop(0), "the node needs its memory now, and it could not be moved in time"
-            )
-        if doomed:
-            self._start_leaving(debt, self._evict_at(debt, doomed))
-            doomed = self._doomed(debt)  # some may be on their way to be dropped
-        if doomed:
+        doomed = self._doomed()
+        while doomed[debt] and (due := self._evict_at(debt, doomed)) <= trio.current_time():
+            reason = "the node needs its memory now, and it could not be moved in time"
+            self._start_evicting(debt, doomed[debt][0], reason)
+            doomed = self._doomed()
+        if doomed[debt]:
+            self._start_leaving(debt, due)
+            doomed = self._doomed()  # some may be on their way to be dropped
+        if doomed[debt]:
             return self._evict_at(debt, doomed)
         return math.inf if self._ledger.claims else None
 
@@ -164,7 +179,7 @@ class Reclaimer:
     async def _punch_all(self, debt: Debt) -> None:
         for holding in sorted(self._ledger.unclaimed(), key=lambda one: rank(one.spec)):
             need = self._ledger.need(debt)
-            time = self._evict_at(debt, self._doomed(debt)) - trio.current_time()
+            time = self._evict_at(debt, self._doomed()) - trio.current_time()
             if need == 0 or time <= 0:
                 break
             if holding.state == "serving" and holding.spec.lease not in self._ledger.claims:
@@ -212,16 +227,12 @@ class Reclaimer:
     def _start_leaving(self, debt: Debt, deadline: float) -> None:
         """Has victims moved or dropped, as many at the same time as may be."""
 
-        def order(holding: Holding) -> tuple[bool, Rank]:
-            # What has not come yet loses nothing: it stays where it is.
-            return holding.state != "arriving", rank(holding.spec)
-
         able = [
             one
             for one in self._ledger.unclaimed()
             if one.state in ("serving", "arriving") and one.spec.lease not in debt.tried | debt.stuck
         ]
-        victims = choose(able, self._ledger.need(debt), order)
+        victims = choose(able, self._ledger.need(debt), _loss)
         moving = sum(claim.debt is debt and claim.doing == "move" for claim in self._ledger.claims.values())
         # Large ones first: then the small ones may turn out not to be needed.
         for victim in sorted(victims, key=lambda one: one.bytes, reverse=True):
@@ -251,44 +262,44 @@ class Reclaimer:
 
     # --- at the deadline --------------------------------------------------------------------------------
 
-    def _doomed(self, debt: Debt) -> list[Holding]:
-        """What must go, in this order, if nothing else pays before the deadline."""
+    def _doomed(self) -> dict[Debt, list[Holding]]:
+        """For each reclaim what must go, in this order, if nothing else pays before its deadline.
+
+        Once chosen it stays so as far as it is needed, and nothing is in two lists: the time that the
+        kernel needs for it must not grow when there is none left.
+        """
         claims = self._ledger.claims
-        present = {one.spec.lease: one for one in self._holdings() if one.bytes > 0}
-        # Evicted ones, and moved ones whose memory is free already.
-        as_good_as_paid = sum(
-            claim.size
-            for lease, claim in claims.items()
-            if claim.debt is debt and (claim.doing == "evict" or lease not in present)
-        )
+        free = {one.spec.lease: one for one in self._holdings() if one.bytes > 0}
+        coming = {debt: 0 for debt in self._ledger.debts}
+        for lease, claim in claims.items():
+            if claim.debt in coming and (claim.doing == "evict" or lease not in free):
+                coming[claim.debt] += claim.size
+            if claim.doing == "evict":
+                free.pop(lease, None)
+        doomed: dict[Debt, list[Holding]] = {}
+        spare = 0
+        for debt in self._ledger.debts:
+            need = debt.left - coming[debt] - spare
+            able = [one for lease, one in free.items() if lease not in debt.stuck]
+            before = [one for one in able if one.spec.lease in debt.doomed]
+            if sum(one.bytes for one in before) >= need:
+                able = before
+            doomed[debt] = choose(able, need, _loss)
+            debt.doomed = [one.spec.lease for one in doomed[debt]]
+            for lease in debt.doomed:
+                del free[lease]
+            spare = max(0, sum(one.bytes for one in doomed[debt]) - need)
+        return doomed
 
-        def order(holding: Holding) -> tuple[int, Rank]:
-            claim = claims.get(holding.spec.lease)
-            if holding.state == "arriving":
-                place = 0
-            elif claim is None:
-                place = 1 if holding.state in ("moving", "ending") else 2
-            else:  # rather what leaves for us anyway than what leaves for another reclaim
-                place = 1 if claim.debt is debt else 3
-            return place, rank(holding.spec)
-
-        able = [
-            one
-            for lease, one in present.items()
-            if lease not in debt.stuck and (lease not in claims or claims[lease].doing != "evict")
-        ]
-        return sorted(choose(able, debt.left - as_good_as_paid, order), key=order)
-
-    def _evict_at(self, debt: Debt, doomed: list[Holding]) -> float:
+    def _evict_at(self, debt: Debt, doomed: dict[Debt, list[Holding]]) -> float:
         """When the first of them must go, so that the kernel has the bytes of the last by the deadline.
 
         It frees one after the other, so what is due later must not come too late for that either.
         """
         begin = math.inf
         for other in reversed(self._ledger.debts):
-            going = doomed if other is debt else self._doomed(other)
             end = min(begin, other.deadline - _EVICT_S)
-            begin = end - sum(one.bytes for one in going) / self._evict_rate
+            begin = end - sum(one.bytes for one in doomed[other]) / self._evict_rate
             if other is debt:
                 break
         return begin
@@ -322,6 +333,11 @@ class Reclaimer:
         if self._ledger.release(claim):
             self._ledger.pay(debt, claim.size, how, spec, pause)
         self._wake()
+
+
+def _loss(holding: Holding) -> tuple[bool, Rank]:
+    """Those of which the least is lost come first: nothing of one that is over, or that is still where it came from."""
+    return holding.state not in ("arriving", "ending"), rank(holding.spec)
 
 
 def _how(claim: Claim) -> Step:

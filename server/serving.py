@@ -9,12 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import trio
 
 from memfaas import _native
-from memfaas.errors import LeaseLost
-from memfaas.messages import FunctionReport, Serve
+from memfaas.errors import LeaseLost, TransportError
+from memfaas.messages import FunctionReport, Sent, Serve, Target
+from memfaas.server.arrival import Arrival
+from memfaas.server.departure import Departure
 from memfaas.server.door import Door
+from memfaas.server.doorman import Doorman
 from memfaas.server.memory import populated
 from memfaas.units import MIB, format_size
 
@@ -24,23 +28,46 @@ POPULATE_STEP = 4 * MIB
 """Small: while the kernel locks pages, whatever else in the process needs its memory map waits."""
 _POPULATE_NICE = 10
 _STOP_TCP_S = 1.0
+_PUNCH_S = 0.05
+"""How long to wait for what was freed just now, which nobody can use before."""
 
 logger = logging.getLogger(__name__)
 
 
 class Served:
-    """A lease that this process serves. `on_change` is called when `report` may say something new."""
+    """A lease that this process serves. `on_change` is called when `report` may say something new.
 
-    def __init__(self, message: Serve, descriptors: list[int], on_change: Callable[[], None]) -> None:
+    `run` serves; a lease that comes from another donor is awaited first, and `on_received` called.
+    """
+
+    def __init__(
+        self,
+        message: Serve,
+        descriptors: list[int],
+        on_change: Callable[[], None],
+        on_received: Callable[[], None],
+    ) -> None:
         self.message = message
+        self.in_doubt: Target | None = None
+        """Where all of it was sent, if no answer came."""
         self.descriptors = descriptors
         self.name = message.spec.lease.hex()[:8]
         self._data, self._control, self._unix, self._tcp = descriptors
         self._on_change = on_change
+        self._on_received = on_received
         self._scope = trio.CancelScope()
         self._stopping = False
+        self._populating: threading.Thread | None = None
+        self._arrival: Arrival | None = None
+        self._departure: Departure | None = None
         self._memory: _native.Memory
+        self._doorman: Doorman
         self._door: Door
+
+    @property
+    def incoming(self) -> bool:
+        """Not all of it is here."""
+        return self._arrival is not None
 
     async def prepare(self) -> None:
         """Maps the memory, after formatting or mending it. Raises LeaseLost when it makes no sense."""
@@ -56,25 +83,32 @@ class Served:
                     store=spec.store.store if spec.store is not None else bytes(16),
                     shard=spec.shard,
                     epoch=spec.epoch,
+                    arriving=self.message.incoming is not None,
                 )
             self._memory = _native.Memory(self._data, self._control)
         except (OSError, ValueError) as error:
             raise LeaseLost(f"the memory of lease {self.name} cannot be served: {error}") from error
         if not self.message.fresh:
             await trio.to_thread.run_sync(self._memory.reap, 0)
-        self._door = Door(
-            self._memory,
-            [self._data, self._control],
-            spec,
-            self.message.donor,
-            self.message.ticket_key,
-            self._on_change,
-        )
+        self._doorman = Doorman(spec, self.message.donor, self.message.ticket_key)
+        self._door = Door(self._memory, [self._data, self._control], self._doorman, self._on_change)
+        if self.message.incoming is not None:
+            self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)
 
     async def run(self) -> None:
-        """Serves clients until the memory is given back."""
+        """Serves clients until the memory is given back. Raises LeaseLost when the lease did not arrive."""
         with self._scope:
+            await self._arrive()
+            self._start_populating()
             await self._door.run(_listener(self._unix), _listener(self._tcp))
+
+    async def _arrive(self) -> None:
+        if self._arrival is None:
+            return
+        assert self.message.incoming is not None
+        await self._arrival.run(_listener(self._tcp), self.message.incoming)
+        self._arrival = None
+        self._on_received()
 
     def report(self) -> FunctionReport:
         return FunctionReport(populated=populated(self._data) + populated(self._control), links=self._door.links())
@@ -87,19 +121,81 @@ class Served:
         self._stopping = True
         self._scope.cancel()
         self._memory.revoke()
-        await trio.to_thread.run_sync(self._door.stop, _STOP_TCP_S)
         await trio.to_thread.run_sync(os.ftruncate, self._data, 0)
+        if self._arrival is not None:
+            self._arrival.stop()
+        if self._departure is not None:
+            self._departure.stop()
+        await trio.to_thread.run_sync(self._door.stop, _STOP_TCP_S)
 
-    def start_populating(self, on_step: Callable[[], None]) -> None:
+    # --- to another donor -----------------------------------------------------------------------
+
+    async def send(self, target: Target, timeout_s: float) -> Sent:
+        """Sends all of it. Afterwards it is served there, or still here, or, in doubt, frozen.
+
+        Raises TransportError when it is being sent already, or has not arrived.
+        """
+        if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
+            raise TransportError(f"lease {self.name} cannot be sent now")
+        self._departure = Departure(self._memory, target, self._door.cut)
+        try:
+            sent = await trio.to_thread.run_sync(self._departure.run, timeout_s)
+        finally:
+            self._departure = None
+        if sent.outcome == "in doubt":
+            self.in_doubt = target
+        elif sent.outcome == "moved":
+            self._memory.revoke()  # whoever waits looks for it elsewhere
+        return sent
+
+    def resume(self, epoch: int) -> None:
+        """What was sent will never be served there."""
+        self.message = msgspec.structs.replace(
+            self.message, spec=msgspec.structs.replace(self.message.spec, epoch=epoch)
+        )
+        self._doorman.spec = self.message.spec
+        self._memory.set_epoch(epoch)
+        self.in_doubt = None
+        self._memory.thaw()
+
+    # --- its pages ------------------------------------------------------------------------------
+
+    async def punch(self, size: int) -> int:
+        """Gives up to so many bytes of free spans back to the kernel; returns how many."""
+        if self.incoming or self._departure is not None:
+            return 0
+        return await trio.to_thread.run_sync(self._punch, size)
+
+    def _punch(self, size: int) -> int:
+        populating, self._populating = self._populating, None
+        if populating is not None:  # or it would bring the pages back
+            populating.join()
+        return self._memory.punch(self._data, size, _PUNCH_S)
+
+    def unpunch(self) -> None:
+        self._memory.unpunch()
+
+    def _start_populating(self) -> None:
         """Backs the memory with pages, in a thread of its own; it is served meanwhile."""
-        threading.Thread(target=self._populate, args=(on_step,), name="populate", daemon=True).start()
+        if self.message.spill:
+            return  # what is not used should not be in memory
+        token = trio.lowlevel.current_trio_token()
+
+        def on_step() -> None:
+            try:
+                token.run_sync_soon(self._on_change)
+            except trio.RunFinishedError:
+                pass
+
+        self._populating = threading.Thread(target=self._populate, args=(on_step,), name="populate", daemon=True)
+        self._populating.start()
 
     def _populate(self, on_step: Callable[[], None]) -> None:
         # The pages are wanted soon, but whoever works on this node comes first.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POPULATE_NICE)
         started = time.monotonic()
         backed = 0
-        while not self._stopping and backed < self._memory.data_bytes:
+        while not self._stopping and self._populating is not None and backed < self._memory.data_bytes:
             try:
                 backed = self._memory.populate(POPULATE_STEP)
             except PermissionError as error:

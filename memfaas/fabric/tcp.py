@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from memfaas._native import TcpLink
 from memfaas.fabric.handshake import mapped_errors, present_ticket, time_left
@@ -19,14 +19,14 @@ def open_link(place: Place, deadline: float, timeout_s: float) -> TcpLink:
     return link
 
 
-def dial(place: Place, deadline: float) -> int:
-    """The descriptor of an authenticated connection, for `TcpLink.add`."""
+def dial(place: Place, deadline: float, fabric: Literal["tcp", "move"] = "tcp") -> int:
+    """The descriptor of an authenticated connection, for `TcpLink.add`, or to send the whole lease over."""
     host, port = place.endpoint.host, place.endpoint.port
     with (
-        mapped_errors(place, "tcp", f"{host}:{port}"),
+        mapped_errors(place, fabric, f"{host}:{port}"),
         socket.create_connection((host, port), timeout=time_left(deadline)) as sock,
     ):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        present_ticket(sock, place, "tcp", deadline)
+        present_ticket(sock, place, fabric, deadline)
         sock.setblocking(True)
         return sock.detach()

@@ -267,12 +267,13 @@ static bool sweep(struct mf_op *op, unsigned wanted, bool *pending) {
 /* Also what was freed just now becomes unassigned, if no operation keeps it for longer than the deadline. */
 bool mf_sweep(struct mf_memory *memory, int64_t deadline) {
     struct mf_op op;
+    bool pending = true;
     mf_op_begin(&op, memory, deadline - mf_now());
-    bool pending = mf_pin(&op) == MF_OK;
-    for (int64_t nap = SHORTEST_NAP_NS; pending; nap *= 2) {
+    for (int64_t nap = SHORTEST_NAP_NS; pending && mf_pin(&op) == MF_OK; nap = nap < LONGEST_NAP_NS ? 2 * nap : nap) {
         pending = false;
         advance_past_own_pin(&op);
         sweep(&op, 0, &pending);
+        mf_unpin(&op); /* while it sleeps, others must be able to use again what they freed */
         if (mf_now() + nap > deadline)
             break;
         if (pending)

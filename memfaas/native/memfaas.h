@@ -87,7 +87,8 @@ int mf_map(struct mf_memory *memory, int data_fd, int control_fd, uint32_t parti
 void mf_unmap(struct mf_memory *memory);
 int mf_populate(struct mf_memory *memory, size_t limit);
 int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant);
-void mf_set_state(struct mf_memory *memory, uint32_t state);
+uint32_t mf_set_state(struct mf_memory *memory, uint32_t state); /* returns the one before */
+bool mf_thaw(struct mf_memory *memory); /* from frozen to serving; false: it was not frozen */
 uint64_t mf_operations(struct mf_memory *memory); /* so far; about */
 uint32_t mf_fork_generation(void);
 
@@ -242,6 +243,7 @@ struct mf_copy {
     int fd;
     int64_t deadline;
     uint64_t bytes; /* of DATA, so far */
+    bool spill;     /* receiving: to a file, which is not to fill the memory that it relieves */
 };
 void mf_copy_all(struct mf_memory *memory); /* from here on everything counts as not copied yet */
 int mf_copy_written(struct mf_memory *memory, struct mf_copy *copy);

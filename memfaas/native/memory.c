@@ -179,9 +179,17 @@ int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint3
     return EMFILE;
 }
 
-void mf_set_state(struct mf_memory *memory, uint32_t state) {
-    atomic_store(&memory->control->state, state);
+uint32_t mf_set_state(struct mf_memory *memory, uint32_t state) {
+    uint32_t before = atomic_exchange(&memory->control->state, state);
     mf_futex_wake(&memory->control->state, INT_MAX);
+    return before;
+}
+
+bool mf_thaw(struct mf_memory *memory) {
+    uint32_t frozen = MF_STATE_FROZEN;
+    bool was = atomic_compare_exchange_strong(&memory->control->state, &frozen, MF_STATE_SERVING);
+    mf_futex_wake(&memory->control->state, INT_MAX);
+    return was;
 }
 
 void mf_set_epoch(struct mf_memory *memory, uint64_t epoch) {

@@ -13,6 +13,7 @@
  * that the sender reads. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -42,6 +43,7 @@ struct writer_copy {
 
 #define RUN (4u << 20) /* bytes of one DATA piece, at most */
 #define AT_ONCE 64u    /* spans in one SPANS piece */
+#define TO_DISK (SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)
 
 /* --- a socket with a deadline ------------------------------------------------------------------------ */
 
@@ -55,13 +57,13 @@ static int set_timeout(struct mf_copy *copy, int option) {
 }
 
 static int send_all(struct mf_copy *copy, struct iovec *pieces, size_t count) {
-    int error = set_timeout(copy, SO_SNDTIMEO);
-    while (!error && count) {
+    int error = 0;
+    while (count && !(error = set_timeout(copy, SO_SNDTIMEO))) { /* again: a slow peer takes some each time */
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
         ssize_t sent = sendmsg(copy->fd, &message, MSG_NOSIGNAL);
         if (sent < 0) {
             if (errno != EINTR)
-                error = errno == EAGAIN ? ETIMEDOUT : errno;
+                return errno == EAGAIN ? ETIMEDOUT : errno;
             continue;
         }
         for (; count && (size_t)sent >= pieces->iov_len; count--, pieces++)
@@ -81,8 +83,8 @@ static int send_piece(struct mf_copy *copy, enum kind kind, uint64_t offset, con
 }
 
 static int receive_all(struct mf_copy *copy, void *into, uint64_t length) {
-    int error = set_timeout(copy, SO_RCVTIMEO);
-    for (uint8_t *at = into; !error && length;) {
+    int error = 0;
+    for (uint8_t *at = into; length && !(error = set_timeout(copy, SO_RCVTIMEO));) {
         ssize_t got = recv(copy->fd, at, length, MSG_WAITALL);
         if (got == 0)
             return ECONNRESET;
@@ -90,7 +92,7 @@ static int receive_all(struct mf_copy *copy, void *into, uint64_t length) {
             at += got;
             length -= (uint64_t)got;
         } else if (errno != EINTR)
-            error = errno == EAGAIN ? ETIMEDOUT : errno;
+            return errno == EAGAIN ? ETIMEDOUT : errno;
     }
     return error;
 }
@@ -107,16 +109,15 @@ void mf_copy_all(struct mf_memory *memory) {
             atomic_store(&memory->written[i], MF_EVER | MF_DIRTY);
 }
 
-/* Whether the chunk has to be copied; then its mark is clear. A span that is unassigned holds nothing: who
- * takes it will note it. */
+/* Whether the chunk has to be copied; then its mark is clear. A span that is unassigned holds nothing, and is
+ * not to be read: it may be punched. Who takes it gives it a class before it looks at the mark. */
 static bool claim(struct mf_memory *memory, uint64_t chunk) {
     if (!(atomic_load_explicit(&memory->written[chunk], memory_order_relaxed) & MF_DIRTY))
         return false;
     atomic_store(&memory->written[chunk], MF_EVER);
     if (memory->at.kind == MF_REGION || chunk < memory->at.heap / MF_SPAN)
         return true;
-    struct mf_span *span = &memory->control->spans[chunk - memory->at.heap / MF_SPAN];
-    return atomic_load(&span->class_) || atomic_load(&span->holder);
+    return atomic_load(&memory->control->spans[chunk - memory->at.heap / MF_SPAN].class_) != 0;
 }
 
 /* One round over all that was written since the last one. */
@@ -189,8 +190,10 @@ static int send_writers(struct mf_memory *memory, struct mf_copy *copy) {
     uint64_t count = 0;
     if (!copies)
         return ENOMEM;
+    /* Those that are used again first come first: also there the newest are to be kept longest. */
+    uint32_t next = atomic_load(&memory->control->next_writer);
     for (uint32_t i = 0; i < MF_WRITERS; i++) {
-        struct mf_writer *writer = &memory->control->writers[i];
+        struct mf_writer *writer = &memory->control->writers[(next + i) % MF_WRITERS];
         if (atomic_load(&writer->id))
             copies[count++] = (struct writer_copy){atomic_load(&writer->id), atomic_load(&writer->done)};
     }
@@ -224,7 +227,8 @@ int mf_copy_rest(struct mf_memory *memory, struct mf_copy *copy) {
  * mapped. */
 static int receive_data(struct mf_memory *memory, struct mf_copy *copy, int data_fd, const struct piece *piece,
                         uint8_t *buffer) {
-    if (piece->offset < MF_PAGE || piece->length > RUN || piece->offset + piece->length > data_end(memory))
+    if (piece->offset < MF_PAGE || piece->offset > data_end(memory) || piece->length > RUN ||
+        piece->length > data_end(memory) - piece->offset)
         return EPROTO;
     int error = 0;
     for (uint64_t done = 0; !error && done < piece->length;) {
@@ -241,6 +245,10 @@ static int receive_data(struct mf_memory *memory, struct mf_copy *copy, int data
     }
     mf_note_written(memory, piece->offset, piece->length);
     copy->bytes += piece->length;
+    if (copy->spill && !error && sync_file_range(data_fd, (off_t)piece->offset, (off_t)piece->length, TO_DISK))
+        return errno;
+    if (copy->spill)
+        posix_fadvise(data_fd, (off_t)piece->offset, (off_t)piece->length, POSIX_FADV_DONTNEED);
     return error;
 }
 
@@ -280,6 +288,12 @@ static int receive_writers(struct mf_memory *memory, struct mf_copy *copy, const
     return error;
 }
 
+static int check_index(struct mf_memory *memory, uint64_t sum) {
+    volatile uint64_t here = 0; /* the agent may cut the memory at any moment */
+    MF_GUARDED(memory->data, memory->at.data_bytes, here = index_sum(memory), return EFAULT);
+    return here == sum ? 0 : EPROTO;
+}
+
 _Static_assert(MF_WRITERS * sizeof(struct writer_copy) <= MF_SPAN, "the buffer holds every piece");
 _Static_assert(AT_ONCE * sizeof(struct span_copy) <= MF_SPAN, "the buffer holds every piece");
 
@@ -305,7 +319,7 @@ int mf_receive(struct mf_memory *memory, struct mf_copy *copy, int data_fd) {
             error = receive_writers(memory, copy, &piece, buffer);
             break;
         case END:
-            error = piece.offset == index_sum(memory) ? 0 : EPROTO;
+            error = check_index(memory, piece.offset);
             break;
         default:
             error = EPROTO;

@@ -473,6 +473,13 @@ int mf_server_connections(struct mf_server *server) {
     return count;
 }
 
+void mf_server_cut(struct mf_server *server) {
+    pthread_mutex_lock(&server->mutex);
+    for (struct connection *c = server->all; c; c = c->next)
+        shutdown(c->stream.fd, SHUT_RDWR);
+    pthread_mutex_unlock(&server->mutex);
+}
+
 bool mf_server_stop(struct mf_server *server, int64_t timeout_ns) {
     int64_t until = mf_now() + timeout_ns;
     struct timespec time = {until / 1000000000, until % 1000000000};

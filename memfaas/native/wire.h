@@ -72,6 +72,7 @@ struct mf_server;
 struct mf_server *mf_server_new(struct mf_memory *memory);
 int mf_server_serve(struct mf_server *server, int fd);
 int mf_server_connections(struct mf_server *server);
+void mf_server_cut(struct mf_server *server); /* the connections that there are now */
 bool mf_server_stop(struct mf_server *server, int64_t timeout_ns);
 void mf_server_free(struct mf_server *server);
 

@@ -70,7 +70,7 @@ async def test_a_lease_is_served_over_both_fabrics_and_freed(served: Served, fol
                 store.get(b"a")
         with pytest.raises(_native.LinkDown):
             raw.read(0, 8)
-        assert sorted(path.name for path in donor.home.iterdir()) == ["lock"]
+        assert sorted(path.name for path in donor.home.iterdir()) == ["agent.sock", "lock"]
         await eventually(lambda: has_all_back(served))
 
 
@@ -82,7 +82,7 @@ async def test_memory_of_a_session_that_died_is_free_again(
         async with client(served.port) as ann:
             shard = open_shard((await ann.open_store()).places[0])
             shard.put(b"a", b"1")
-        await eventually(lambda: [path.name for path in donor.home.iterdir()] == ["lock"])
+        await eventually(lambda: [path.name for path in donor.home.iterdir()] == ["agent.sock", "lock"])
         await eventually(lambda: has_all_back(served))
         with pytest.raises(_native.LinkDown):
             shard.get(b"a")

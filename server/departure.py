@@ -1,0 +1,103 @@
+"""A lease departs: copied to another donor's function while it is in use, then frozen for the rest.
+
+The sender serves again only while it is certain that the other side cannot have all of it: once the
+end was sent and no answer came it stays frozen, `in doubt`, until the broker has decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+
+from memfaas import _native, rpc
+from memfaas.errors import MemfaasError
+from memfaas.fabric import tcp
+from memfaas.messages import Done, Refused, Sent, Target
+
+_ROUNDS = 6
+_LITTLE = 4 << 20
+"""Bytes that are sent in a pause that nobody notices."""
+_SOON_S = 0.02
+"""Operations end within microseconds, unless their client is slow or stopped."""
+
+logger = logging.getLogger(__name__)
+
+
+class Departure:
+    """One attempt. `run` blocks, so it has a thread of its own; `stop` may be called from another.
+
+    `cut` ends the tcp connections of clients, some of which may be too slow for an operation to end.
+    """
+
+    def __init__(self, memory: _native.Memory, target: Target, cut: Callable[[], None]) -> None:
+        self._memory = memory
+        self._target = target
+        self._cut = cut
+        self._name = target.place.lease.hex()[:8]
+        self._sock: socket.socket | None = None
+        self._stopped = False
+
+    def run(self, timeout_s: float) -> Sent:
+        started = time.monotonic()
+        deadline = started + timeout_s
+        try:
+            descriptor = tcp.dial(self._target.place, deadline, "move")
+        except MemfaasError as error:
+            return Sent(outcome="stayed", reason=str(error))
+        with socket.socket(fileno=descriptor) as self._sock:
+            return self._send(self._sock, started, deadline)
+
+    def stop(self) -> None:
+        """Makes `run` end soon."""
+        self._stopped = True
+        if self._sock is not None:
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended already
+
+    def _send(self, sock: socket.socket, started: float, deadline: float) -> Sent:
+        memory = self._memory
+        size = 0
+        try:
+            size = self._copy_in_use(sock.fileno(), deadline)
+            frozen = time.monotonic()
+            memory.freeze()
+            if not memory.drain(_SOON_S):
+                self._cut()
+                if not memory.drain(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError("a client's operation did not end; perhaps the client is stopped")
+            size += memory.copy_rest(sock.fileno(), deadline - time.monotonic())
+        except OSError as error:
+            memory.thaw()
+            reason = "it was given up" if self._stopped else f"the copy broke off: {error.strerror or error}"
+            return Sent(outcome="stayed", reason=reason, size=size)
+        now = time.monotonic()
+        try:
+            sock.settimeout(max(0.001, deadline - now))
+            answer = rpc.receive_message_blocking(sock)
+        except (OSError, EOFError, MemfaasError) as error:
+            return Sent(outcome="in doubt", reason=f"no answer came: {error!r}", size=size)
+        if isinstance(answer, Refused):
+            memory.thaw()
+            return Sent(outcome="stayed", reason=answer.text, size=size)
+        if not isinstance(answer, Done):
+            return Sent(outcome="in doubt", reason=f"the answer was {type(answer).__name__}", size=size)
+        now = time.monotonic()
+        logger.info("lease %s: sent to donor %s in %.2f s", self._name, self._target.place.donor, now - started)
+        return Sent(outcome="moved", size=size, seconds=now - started, pause=now - frozen)
+
+    def _copy_in_use(self, descriptor: int, deadline: float) -> int:
+        """Rounds, until little is left or they no longer get shorter. Returns bytes."""
+        self._memory.copy_all()
+        total = 0
+        last = 0
+        for round_ in range(_ROUNDS):
+            size = self._memory.copy_written(descriptor, deadline - time.monotonic())
+            total += size
+            if size <= _LITTLE or (round_ > 1 and size > last / 2):
+                break
+            last = size
+        return total

@@ -1,0 +1,78 @@
+"""The donor's part of a move: finds out from the broker where to, has the function send it, and settles doubts.
+
+The lease is served here until it is certain that it is served there, and the other way round; see
+docs/architecture.md, "How a lease moves".
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol, TypeVar
+
+import trio
+
+from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, TransportError
+from memfaas.messages import Message, Relocate, Settle, Settled, Target
+from memfaas.server.custody import Custody
+from memfaas.server.victims import Moved
+
+_ASK_S = 5.0
+_PAUSE_S = 0.2
+_LEAST_S = 0.02
+"""With less time than this no copy is begun."""
+_RESUME_S = 10.0
+
+R = TypeVar("R", bound=Message)
+logger = logging.getLogger(__name__)
+
+
+class Broker(Protocol):
+    """The agent's line to the broker."""
+
+    async def ask(self, message: Message, reply: type[R], timeout_s: float) -> R:
+        """Raises TransportError while the broker is away."""
+
+
+async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
+    """Moves a lease to another donor; its memory here is free when this returns.
+
+    Tries one donor after the other until the deadline (by trio's clock). Raises MemfaasError when the lease
+    stays here: CapacityError when no donor has room, DeadlineExceeded, TransportError; LeaseLost when
+    nobody can tell any more where it is.
+    """
+    avoid: list[str] = []
+    reason = "there was no time"
+    while (left := deadline - trio.current_time()) > _LEAST_S:
+        request = Relocate(lease=custody.spec.lease, epoch=custody.spec.epoch, timeout=left + _ASK_S, avoid=avoid)
+        target = await broker.ask(request, Target, min(left, _ASK_S))
+        sent = await custody.send(target, max(_LEAST_S, deadline - trio.current_time()))
+        there = target.place.donor
+        if sent.outcome == "moved" or (sent.outcome == "in doubt" and await settle(custody, broker, target)):
+            await custody.end(f"it was moved to donor {there}")
+            return Moved(spill=target.spill, pause=sent.pause)
+        reason = sent.reason
+        logger.warning("lease %s: could not be moved to donor %s: %s", custody.name, there, reason)
+        avoid.append(there)
+    raise DeadlineExceeded(f"lease {custody.name} could not be moved in time: {reason}")
+
+
+async def settle(custody: Custody, broker: Broker, target: Target) -> bool:
+    """Asks until the broker knows whether the lease is served there; otherwise has it served here again.
+
+    Raises LeaseLost when nobody can tell, TransportError when it cannot be served here.
+    """
+    request = Settle(lease=custody.spec.lease, epoch=target.place.epoch, donor=target.place.donor)
+    while True:
+        try:
+            settled = await broker.ask(request, Settled, _ASK_S)
+            break
+        except LeaseLost:
+            raise
+        except MemfaasError as error:
+            if custody.state == "ending":
+                raise TransportError(f"lease {custody.name} is over") from error
+            logger.warning("lease %s: not settled yet: %s", custody.name, error)
+            await trio.sleep(_PAUSE_S)
+    if not settled.moved:
+        await custody.resume(settled.epoch, _RESUME_S)
+    return settled.moved
