@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import re
 import shlex
 import shutil
 import sys
@@ -29,6 +31,7 @@ _ANSWER_S = 3.0
 """What a hook needs beyond the deadline: to find the broker, and to hear what came of it."""
 _KILL_S = 2.0
 _MARGIN_S = 5.0
+_SLURM_USER = re.compile(r"^\s*SlurmUser\s*=\s*([^\s#(]+)", re.MULTILINE | re.IGNORECASE)
 _OWN_MARK = "Written by `memfaas slurm install`"
 
 
@@ -80,10 +83,27 @@ def install(plan: Plan) -> list[str]:
         f"PrologEpilogTimeout={round(plan.limit + _KILL_S + _MARGIN_S)}",
     ]
     if plan.keys is not None:
+        _make_state(plan)
         # Slurm looks for it there, and nowhere else.
         _write(plan.slurm_conf.parent / "burst_buffer.lua", 0o644, _burst_buffer(plan, plan.keys))
         lines.append("BurstBufferType=burst_buffer/lua")
     return lines
+
+
+def _make_state(plan: Plan) -> None:
+    """For whom slurmctld runs as, who will write there."""
+    plan.state.mkdir(exist_ok=True, mode=0o700)
+    try:
+        found = _SLURM_USER.findall(plan.slurm_conf.read_text(errors="replace"))
+    except FileNotFoundError:
+        found = []
+    if not found or os.geteuid() != 0:
+        return
+    try:
+        user = pwd.getpwuid(int(found[-1])) if found[-1].isdigit() else pwd.getpwnam(found[-1])
+    except KeyError:
+        raise UsageError(f"{plan.slurm_conf}: there is no user {found[-1]!r}") from None
+    os.chown(plan.state, user.pw_uid, user.pw_gid)
 
 
 def _guard(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import socket
 import subprocess
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_files_of_somebody_else_stay(tmp_path: Path) -> None:
     assert status == 2
     assert "burst_buffer.lua is there already" in message
     assert (tmp_path / "burst_buffer.lua").read_text() == "-- ours\n"
+
+
+def test_the_state_of_stores_belongs_to_whom_the_controller_runs_as(tmp_path: Path) -> None:
+    user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    (tmp_path / "slurm.conf").write_text(f"SlurmdUser=root\nSlurmUser={user.pw_name}  # not root\n")
+    assert install(tmp_path, "--stores")[0] == 0
+    status = (tmp_path / "hooks" / "stores").stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (user.pw_uid, user.pw_gid, 0o700)
 
 
 def test_nothing_is_left_to_be_filled_in(tmp_path: Path) -> None:
