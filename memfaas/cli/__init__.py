@@ -22,6 +22,7 @@ _COMMANDS = {
     "donor": "memfaas.cli.serve:donor",
     "tenant": "memfaas.cli.serve:tenant",
     "status": "memfaas.cli.status:status",
+    "usage": "memfaas.cli.usage:usage",
     "put": "memfaas.cli.data:put",
     "get": "memfaas.cli.data:get",
     "ls": "memfaas.cli.data:ls",
