@@ -158,8 +158,9 @@ class Broker:
         self.announce()
 
     def donor_lost(self, name: str, notice: LeaseGone) -> None:
-        logger.warning("lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
-        self.in_background(self.tables.lost(name, notice.lease, notice.reason, notice.dropped))
+        level = logging.INFO if notice.moved_to or notice.dropped is not None else logging.WARNING
+        logger.log(level, "lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
+        self.in_background(self.tables.lost(name, notice))
 
     def lease_arrived(self, name: str, held: HeldLease) -> None:
         logger.info("lease %s: arrived at donor %s, epoch %d", held.spec.lease.hex()[:8], name, held.spec.epoch)

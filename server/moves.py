@@ -18,7 +18,7 @@ import msgspec
 from memfaas.errors import LeaseLost, TransportError, UsageError
 from memfaas.messages import LeaseSpec, Memory, Settled
 from memfaas.server.book import Book
-from memfaas.server.records import MOVE_MARGIN_S, NOWHERE, Lease, Move, Outcome, State, ToTell, short
+from memfaas.server.records import DONOR_GRACE_S, MOVE_MARGIN_S, NOWHERE, Lease, Move, Outcome, State, ToTell, short
 
 
 class Moves(Book):
@@ -61,6 +61,17 @@ class Moves(Book):
         if target is not None and not {lease.spec.lease} & (target.leases | target.arriving):
             outcome += self._must_free(target, lease.spec.lease, lease.cost, reason)
         return outcome
+
+    def _expect(self, lease: Lease, target: str) -> None:
+        """Its source says that it moved there; the target is about to say so, too, or to come back and say so."""
+        if lease.moving is not None and lease.moving.donor == target:
+            return
+        self._end_move(lease)
+        donor = self.donors.get(target)
+        patience = MOVE_MARGIN_S if donor is not None and donor.connected else DONOR_GRACE_S
+        lease.moving = Move(target, self._next_epoch(lease), patience, self._clock() + patience, ready=True)
+        if donor is not None:
+            donor.arriving.add(lease.spec.lease)
 
     def _end_move_in_vain(self, lease: Lease, reason: str) -> Outcome:
         self._end_move(lease)

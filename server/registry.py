@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from memfaas.messages import DonorReport, Endpoint, HeldLease, LeaseSpec, Memory
+from memfaas.messages import DonorReport, Endpoint, HeldLease, LeaseGone, LeaseSpec, Memory
 from memfaas.server.moves import Moves
 from memfaas.server.records import (
     DONOR_GRACE_S,
@@ -94,7 +94,7 @@ class Registry(Moves):
             return None
         if lease is None or lease.spec.tenant != spec.tenant or lease.cost != self._cost(spec.kind, spec.size):
             return None
-        if lease.moving is not None and spec.epoch >= lease.moving.epoch:
+        if lease.moving is not None and (spec.epoch >= lease.moving.epoch or lease.moving.donor == donor.name):
             self._end_move(lease)
         self._put(lease, donor)
         lease.state, lease.endpoint = State.HELD, held.endpoint
@@ -196,19 +196,21 @@ class Registry(Moves):
         donor.over.pop(lease, None)
         donor.left.discard(lease)
 
-    def lost(self, name: str, lease: bytes, reason: str, dropped: int | None = None) -> Outcome:
+    def lost(self, name: str, notice: LeaseGone) -> Outcome:
         """A donor says that it no longer holds a lease, or never got what was to move there."""
         donor = self.donors[name]
-        self._has_freed(donor, lease)
-        known = self.leases.get(lease)
-        if known is None:
+        self._has_freed(donor, notice.lease)
+        lease = self.leases.get(notice.lease)
+        if lease is None:
             return Outcome()
-        if lease in donor.leases:
-            if dropped is not None and known.spec.store is not None and known.state is State.HELD:
-                return self._drop(known, dropped, reason)
-            return self._without_donor(known, reason)
-        if lease in donor.arriving:
-            return self._end_move_in_vain(known, reason)
+        if notice.lease in donor.leases:
+            if notice.dropped is not None and lease.spec.store is not None and lease.state is State.HELD:
+                return self._drop(lease, notice.dropped, notice.reason)
+            if notice.moved_to:
+                self._expect(lease, notice.moved_to)
+            return self._without_donor(lease, notice.reason)
+        if notice.lease in donor.arriving:
+            return self._end_move_in_vain(lease, notice.reason)
         return Outcome()
 
     def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
