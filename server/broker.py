@@ -45,6 +45,7 @@ from memfaas.messages import (
 )
 from memfaas.server import process
 from memfaas.server.donors import DonorPeer
+from memfaas.server.homecoming import Homecoming
 from memfaas.server.lobby import Lobby
 from memfaas.server.placement import Placer
 from memfaas.server.places import place_of
@@ -88,6 +89,7 @@ class Broker:
     async def run(self, listeners: list[trio.SocketListener]) -> None:
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._expire)
+            self._nursery.start_soon(Homecoming(self).run)
             await trio.serve_listeners(self._on_connection, listeners)
 
     # --- connections ----------------------------------------------------------------------------
