@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -33,14 +34,16 @@ if TYPE_CHECKING:
 Kind = Literal["shard", "region"]
 
 
-def make_memory(kind: Kind, size: int) -> tuple[int, int]:
+def make_memory(kind: Kind, size: int, *, arriving: bool = False) -> tuple[int, int]:
     """Descriptors of fresh data and control memory, sealed as a donor seals them."""
     data_bytes, control_bytes = geometry(kind, size)
     data = os.memfd_create("memfaas-test-data", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     control = os.memfd_create("memfaas-test-control", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(data, data_bytes)
     os.ftruncate(control, control_bytes)
-    format_memory(data, control, kind=kind, size=size, lease=b"L" * 16, store=b"S" * 16, shard=0, epoch=1)
+    format_memory(
+        data, control, kind=kind, size=size, lease=b"L" * 16, store=b"S" * 16, shard=0, epoch=1, arriving=arriving
+    )
     fcntl.fcntl(data, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     fcntl.fcntl(control, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return data, control
@@ -109,9 +112,9 @@ class BareRegion(RegionCore):
 class BareLease:
     """Memory, the function that serves it, and its clients, all in this process."""
 
-    def __init__(self, kind: Kind, size: int, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, kind: Kind, size: int, *, timeout_s: float = 30.0, arriving: bool = False) -> None:
         self.timeout_s = timeout_s
-        self.data_fd, self.control_fd = make_memory(kind, size)
+        self.data_fd, self.control_fd = make_memory(kind, size, arriving=arriving)
         self.memory = Memory(self.data_fd, self.control_fd)
         self.server = Server(self.memory)
 
@@ -167,6 +170,58 @@ class BareLease:
         region = BareRegion(self.memory.size)
         region._set_link(link)
         return region
+
+
+class Arrival:
+    """A copy of somebody's memory that arrives here: what is sent to `fileno()` fills `lease`.
+
+    It stays frozen; `lease` is closed by whoever asked for it."""
+
+    def __init__(self, kind: Kind, size: int, *, timeout_s: float = 30.0) -> None:
+        self.lease = BareLease(kind, size, timeout_s=timeout_s, arriving=True)
+        self._near, self._far = tcp_pair()
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._receive)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        try:
+            self.lease.memory.receive(self._far.fileno(), self.lease.data_fd, self.lease.timeout_s)
+        except OSError as error:
+            self._error = error
+
+    def fileno(self) -> int:
+        return self._near.fileno()
+
+    def wait(self) -> None:
+        """Until all of it is here. The OSError of the receiver."""
+        self._thread.join()
+        self._near.close()
+        self._far.close()
+        if self._error is not None:
+            raise self._error
+
+    def break_off(self) -> None:
+        self._near.close()
+        self._thread.join()
+        self._far.close()
+
+
+def move(memory: Memory, to: Arrival, *, rounds: int = 3, between: Callable[[], object] = lambda: None) -> BareLease:
+    """Copies memory that is in use, and has the copy serve. The memory itself is left frozen."""
+    memory.copy_all()
+    for _ in range(rounds):
+        memory.copy_written(to.fileno(), to.lease.timeout_s)
+        between()
+    memory.freeze()
+    if not memory.drain(to.lease.timeout_s):
+        raise AssertionError("an operation did not end")
+    memory.copy_rest(to.fileno(), to.lease.timeout_s)
+    to.wait()
+    to.lease.memory.thaw()
+    if not to.lease.memory.put_right(to.lease.timeout_s):
+        raise AssertionError("not everything could be put right")
+    return to.lease
 
 
 def fill_and_empty(store: BareStore) -> None:

@@ -5,6 +5,10 @@
  * contended: clients that want the same two locks all the time, with nobody to wake them but each other.
  * processes: clients are killed, hundreds of times a second, and reaped; others must not notice.
  *
+ * move: as threads, while the shard is copied again and again; each copy must be what the shard then is.
+ * punch: as threads, while free spans are cut out and given back; and now and then it is copied.
+ * garbled: copies with wrong bytes in them arrive.
+ *
  * hostile: as threads, while a process of the same tenant writes nonsense everywhere. Then any result
  *     is right, as long as nobody crashes, hangs, or reads what it must not.
  *
@@ -35,9 +39,9 @@ static struct mf_memory unused; /* by copies of this one */
 static int data_fd, control_fd;
 static struct mf_server *server;
 static _Atomic bool stop;
-static bool hostile, contended;
+static bool hostile, contended, moves, punches;
 static int64_t timeout = 20 * SECOND;
-static _Atomic uint64_t operations, resumed, deaths;
+static _Atomic uint64_t operations, resumed, deaths, copies, cuts;
 
 /* Something that cannot be, unless somebody is hostile. */
 static void fail(const char *what, long a, long b) {
@@ -250,6 +254,293 @@ static void *run_holder(void *argument) {
     return NULL;
 }
 
+/* --- copies to another memory ------------------------------------------------------------------------------- */
+
+/* Whoever copies reads what is being written, and reads it again when it was: no race to be reported. Those
+ * who compare afterwards read what may not be written any more. */
+void AnnotateIgnoreReadsBegin(const char *file, int line) __attribute__((weak));
+void AnnotateIgnoreReadsEnd(const char *file, int line) __attribute__((weak));
+
+static void while_it_is_written(bool begins) {
+    if (AnnotateIgnoreReadsBegin)
+        (begins ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
+}
+
+struct arrival {
+    struct mf_memory memory;
+    int data_fd, control_fd, socket, error;
+};
+
+static void make_memory(struct mf_memory *into, int *data, int *control, enum mf_state state) {
+    struct mf_header header;
+    mf_geometry(MF_SHARD, 2 * MF_MIN_SHARD, &header);
+    *data = memfd_create("memfaas-stress-data", MFD_CLOEXEC);
+    *control = memfd_create("memfaas-stress-control", MFD_CLOEXEC);
+    if (ftruncate(*data, (off_t)header.data_bytes) || ftruncate(*control, (off_t)header.control_bytes) ||
+        mf_format(*data, *control, &header, state) || mf_map(into, *data, *control, 0))
+        fail("no memory", errno, 0);
+}
+
+static void drop_memory(struct arrival *arrival) {
+    mf_unmap(&arrival->memory);
+    close(arrival->data_fd);
+    close(arrival->control_fd);
+}
+
+static void *run_receiver(void *argument) {
+    struct arrival *arrival = argument;
+    struct mf_copy copy = {.fd = arrival->socket, .deadline = mf_now() + timeout};
+    arrival->error = mf_receive(&arrival->memory, &copy, arrival->data_fd);
+    shutdown(arrival->socket, SHUT_RDWR);
+    return NULL;
+}
+
+/* Bytes of the value's head block, with all that follows the header in it. */
+static size_t block_length(const struct mf_op *op) {
+    size_t length = sizeof(struct mf_block) + op->key_len + op->meta_len;
+    if (op->chunks == 0)
+        return length + op->value_len;
+    return ALIGN8(length) + op->segments * sizeof *op->sums + op->chunks * sizeof(struct mf_chunk);
+}
+
+/* Nothing runs on either memory. */
+static void compare(struct mf_memory *there) {
+    for (uint32_t i = 0; i < MF_STRIPES; i++)
+        if (there->control->stripes[i].version != memory.control->stripes[i].version)
+            fail("a version is not what it was", i, 0);
+    for (uint32_t i = 0; i < MF_WRITERS; i++) {
+        uint64_t id = memory.control->writers[i].id, done_ = memory.control->writers[i].done;
+        for (uint32_t n = 0; id && done_; n++) { /* a new connection may take the record right now */
+            if (n == MF_WRITERS)
+                fail("what a connection did is forgotten", i, 0);
+            if (there->control->writers[n].id == id && there->control->writers[n].done == done_)
+                break;
+        }
+    }
+    for (uint64_t i = 0; i < memory.at.groups * MF_GROUP; i++) {
+        uint64_t slot = group_at(&memory, 0)[i];
+        struct mf_op op = {.memory = &memory};
+        if (group_at(there, 0)[i] != slot)
+            fail("a slot is not what it was", (long)i, 0);
+        if (!slot)
+            continue;
+        if (!open_block(&op, block_at(&memory, slot_offset(slot))))
+            fail("a slot leads to nothing", (long)i, 0);
+        if (memcmp(op.block, there->data + slot_offset(slot), block_length(&op)))
+            fail("a block is not what it was", (long)i, (long)slot_offset(slot));
+        for (uint32_t c = 0; op.chunks && c < op.pieces; c++) {
+            const uint8_t *piece = op.piece[c].iov_base;
+            if (memcmp(piece, there->data + (piece - memory.data), op.piece[c].iov_len))
+                fail("a piece is not what it was", (long)i, c);
+        }
+    }
+}
+
+static void check_arrived(struct arrival *arrival) {
+    struct report r;
+    mf_set_state(&arrival->memory, MF_STATE_SERVING);
+    if (mf_put_right(&arrival->memory, mf_now() + timeout) || fsck(arrival->data_fd, arrival->control_fd, &r))
+        fail("the copy cannot be put right", 0, 0);
+    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong || r.limbo)
+        fail("the copy is not whole", (long)r.leaked, (long)r.broken);
+}
+
+/* One copy, to its end or (`rounds` 0) given up. The shard stays where it is. */
+static void copy_once(uint64_t rounds) {
+    struct arrival arrival = {.error = 0};
+    pthread_t receiver;
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+        abort();
+    make_memory(&arrival.memory, &arrival.data_fd, &arrival.control_fd, MF_STATE_FROZEN);
+    arrival.socket = ends[1];
+    pthread_create(&receiver, NULL, run_receiver, &arrival);
+    struct mf_copy copy = {.fd = ends[0], .deadline = mf_now() + timeout};
+    while_it_is_written(true);
+    mf_copy_all(&memory);
+    int error = mf_copy_written(&memory, &copy);
+    for (uint64_t i = 1; !error && i < rounds; i++)
+        error = mf_copy_written(&memory, &copy);
+    if (rounds) {
+        mf_set_state(&memory, MF_STATE_FROZEN);
+        if (!mf_drain(&memory, mf_now() + timeout))
+            fail("an operation does not end", 0, 0);
+        error = error ? error : mf_copy_rest(&memory, &copy);
+    }
+    while_it_is_written(false);
+    shutdown(ends[0], SHUT_WR);
+    pthread_join(receiver, NULL);
+    if (error || arrival.error != (rounds ? 0 : ECONNRESET))
+        fail("a copy failed", error, arrival.error);
+    if (rounds)
+        compare(&arrival.memory);
+    mf_set_state(&memory, MF_STATE_SERVING);
+    if (rounds)
+        check_arrived(&arrival);
+    close(ends[0]);
+    close(ends[1]);
+    drop_memory(&arrival);
+    atomic_fetch_add(&copies, 1);
+}
+
+static void *run_mover(void *argument) {
+    struct client client = {.random = 77};
+    (void)argument;
+    while (!atomic_load_explicit(&stop, memory_order_relaxed)) {
+        copy_once(draw(&client) % 4);
+        mf_nap((int64_t)(draw(&client) % 5000000));
+    }
+    return NULL;
+}
+
+static void *run_puncher(void *argument) {
+    struct client client = {.random = 78};
+    (void)argument;
+    for (uint64_t i = 0; !atomic_load_explicit(&stop, memory_order_relaxed); i++) {
+        int64_t patience = draw(&client) % 4 ? 0 : 2000000;
+        if (mf_punch(&memory, data_fd, (1 + draw(&client) % 24) * MF_SPAN, mf_now() + patience))
+            atomic_fetch_add(&cuts, 1);
+        mf_nap((int64_t)(draw(&client) % 500000));
+        if (draw(&client) % 2)
+            mf_unpunch(&memory);
+        if (i % 64 == 0)
+            copy_once(2);
+    }
+    mf_unpunch(&memory);
+    return NULL;
+}
+
+/* --- copies that are garbled --------------------------------------------------------------------------------- */
+
+struct recording {
+    uint8_t *bytes;
+    size_t length, room;
+    int socket;
+};
+
+static void *run_recorder(void *argument) {
+    struct recording *recording = argument;
+    for (;;) {
+        ssize_t got = recv(recording->socket, recording->bytes + recording->length,
+                           recording->room - recording->length, 0);
+        if (got <= 0)
+            return NULL;
+        recording->length += (size_t)got;
+    }
+}
+
+static void record(struct recording *recording) {
+    pthread_t thread;
+    int ends[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+        abort();
+    *recording = (struct recording){.room = 32u << 20, .socket = ends[1]};
+    recording->bytes = malloc(recording->room);
+    pthread_create(&thread, NULL, run_recorder, recording);
+    struct mf_copy copy = {.fd = ends[0], .deadline = mf_now() + timeout};
+    mf_copy_all(&memory);
+    mf_set_state(&memory, MF_STATE_FROZEN);
+    if (mf_copy_rest(&memory, &copy))
+        fail("a copy failed", 0, 0);
+    mf_set_state(&memory, MF_STATE_SERVING);
+    shutdown(ends[0], SHUT_WR);
+    pthread_join(thread, NULL);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+/* Where its frames begin; returns how many. */
+static size_t frames_of(const struct recording *recording, size_t *starts, size_t most) {
+    size_t count = 0;
+    for (size_t at = 0; at < recording->length && count < most;) {
+        uint64_t length;
+        memcpy(&length, recording->bytes + at + 16, sizeof length);
+        starts[count++] = at;
+        at += 24 + length;
+    }
+    return count;
+}
+
+static void garble(struct client *client, uint8_t *bytes, const size_t *starts, size_t count) {
+    for (uint64_t i = 1 + draw(client) % 3; i; i--) {
+        size_t frame = draw(client) % count, length = (frame + 1 < count ? starts[frame + 1] : starts[frame] + 24) - starts[frame];
+        uint64_t place = draw(client) % 4, word;
+        size_t at = starts[frame] + (place < 3 ? 8 * place : draw(client) % (length / 8) * 8);
+        memcpy(&word, bytes + at, sizeof word);
+        switch (draw(client) % 5) {
+        case 0:
+            word = draw(client) << 32 ^ draw(client);
+            break;
+        case 1:
+            word = draw(client) % 8;
+            break;
+        case 2:
+            word += draw(client) % 3 - 1;
+            break;
+        case 3:
+            word ^= 1ull << draw(client) % 64;
+            break;
+        default:
+            word = UINT64_MAX - draw(client) % 9000000;
+        }
+        memcpy(bytes + at, &word, sizeof word);
+    }
+}
+
+/* Whatever came, the memory is used afterwards: any result is right. */
+static void use_garbled(struct client *client, struct arrival *arrival) {
+    mf_set_state(&arrival->memory, MF_STATE_SERVING);
+    mf_reap(&arrival->memory, 0);
+    mf_put_right(&arrival->memory, mf_now() + SECOND / 100);
+    client->link.memory = arrival->memory;
+    for (int i = 0; i < 100; i++)
+        work(client);
+}
+
+static void run_garbled(int64_t until) {
+    struct client client;
+    struct recording recording;
+    size_t starts[64];
+    open_client(&client, 1, 3);
+    for (int i = 0; i < 200; i++)
+        work(&client);
+    record(&recording);
+    size_t count = frames_of(&recording, starts, 64);
+    uint8_t *bytes = malloc(recording.length);
+    hostile = true; /* what is read is not what was put */
+    timeout = client.link.timeout = SECOND / 50;
+    alarm(90); /* ends us if anything hangs */
+    while (mf_now() < until) {
+        struct arrival arrival = {.error = 0};
+        pthread_t receiver;
+        int ends[2];
+        if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+            abort();
+        memcpy(bytes, recording.bytes, recording.length);
+        garble(&client, bytes, starts, count);
+        make_memory(&arrival.memory, &arrival.data_fd, &arrival.control_fd, MF_STATE_FROZEN);
+        arrival.socket = ends[1];
+        pthread_create(&receiver, NULL, run_receiver, &arrival);
+        for (size_t at = 0; at < recording.length;) {
+            ssize_t sent = send(ends[0], bytes + at, recording.length - at, MSG_NOSIGNAL);
+            if (sent <= 0)
+                break;
+            at += (size_t)sent;
+        }
+        shutdown(ends[0], SHUT_WR);
+        pthread_join(receiver, NULL);
+        use_garbled(&client, &arrival);
+        close(ends[0]);
+        close(ends[1]);
+        drop_memory(&arrival);
+        atomic_fetch_add(&copies, 1);
+    }
+    free(bytes);
+    free(recording.bytes);
+    client.link.memory = unused;
+    close_client(&client);
+}
+
 static void break_connections(int64_t until) {
     unsigned place = 0;
     while (mf_now() < until) {
@@ -265,13 +556,17 @@ static void break_connections(int64_t until) {
 }
 
 static void run_threads(int64_t until) {
-    pthread_t threads[SHM_THREADS + TCP_THREADS], dying;
+    pthread_t threads[SHM_THREADS + TCP_THREADS], dying, other;
     server = mf_server_new(&memory);
     for (uintptr_t i = 0; i < SHM_THREADS + TCP_THREADS; i++)
         pthread_create(&threads[i], NULL, run_client, (void *)(i + 1));
     pthread_create(&dying, NULL, contended ? run_holder : run_dying, NULL);
+    if (moves || punches)
+        pthread_create(&other, NULL, moves ? run_mover : run_puncher, NULL);
     break_connections(until);
     atomic_store(&stop, true);
+    if (moves || punches)
+        pthread_join(other, NULL);
     for (uintptr_t i = 0; i < SHM_THREADS + TCP_THREADS; i++)
         pthread_join(threads[i], NULL);
     pthread_join(dying, NULL);
@@ -507,30 +802,28 @@ static void choose_keys(void) {
 }
 
 int main(int count, char **arguments) {
-    struct mf_header header;
     if (count != 3)
         return 2;
     int64_t until = mf_now() + atoll(arguments[2]) * SECOND;
-    mf_geometry(MF_SHARD, 2 * MF_MIN_SHARD, &header);
-    data_fd = memfd_create("memfaas-stress-data", MFD_CLOEXEC);
-    control_fd = memfd_create("memfaas-stress-control", MFD_CLOEXEC);
-    if (ftruncate(data_fd, (off_t)header.data_bytes) || ftruncate(control_fd, (off_t)header.control_bytes) ||
-        mf_format(data_fd, control_fd, &header, MF_STATE_SERVING) || mf_map(&memory, data_fd, control_fd, 0))
-        fail("no memory", errno, 0);
+    make_memory(&memory, &data_fd, &control_fd, MF_STATE_SERVING);
     unused = memory;
     choose_keys();
     if (strcmp(arguments[1], "hostile") == 0)
         run_with_hostile(until);
     else if (strcmp(arguments[1], "processes") == 0)
         run_processes(until);
+    else if (strcmp(arguments[1], "garbled") == 0)
+        run_garbled(until);
     else {
+        moves = strcmp(arguments[1], "move") == 0;
+        punches = strcmp(arguments[1], "punch") == 0;
         contended = strcmp(arguments[1], "contended") == 0;
         run_threads(until);
     }
     if (!hostile)
         check_end();
     mf_unmap(&memory);
-    printf("%lu operations, %lu deaths, %lu resumed\n", (unsigned long)operations, (unsigned long)deaths,
-           (unsigned long)resumed);
+    printf("%lu operations, %lu deaths, %lu resumed, %lu copies, %lu cuts\n", (unsigned long)operations,
+           (unsigned long)deaths, (unsigned long)resumed, (unsigned long)copies, (unsigned long)cuts);
     return 0;
 }

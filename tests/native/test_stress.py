@@ -59,11 +59,18 @@ def run(program: Path, mode: str, seconds: int) -> subprocess.CompletedProcess[s
         ("plain", "contended", 3),
         ("plain", "threads", 3),
         ("plain", "processes", 8),
+        ("plain", "move", 3),
+        ("plain", "punch", 3),
         ("address", "threads", 4),
+        ("address", "move", 4),
+        ("address", "punch", 4),
+        ("address", "garbled", 5),
         ("address", "processes", 5),
         ("address", "hostile", 8),
         ("thread", "contended", 3),
         ("thread", "threads", 8),
+        ("thread", "move", 6),
+        ("thread", "punch", 6),
     ],
 )
 def test_nothing_is_found(build: Build, name: str, mode: str, seconds: int) -> None:
@@ -72,7 +79,9 @@ def test_nothing_is_found(build: Build, name: str, mode: str, seconds: int) -> N
         pytest.skip("gcc's thread sanitizer does not know this kernel's addresses, and they cannot be fixed here")
     assert done.stderr == ""
     assert done.returncode == 0
-    operations, _, deaths, _, resumed, _ = done.stdout.split()
+    operations, _, deaths, _, resumed, _, copies, _, cuts, _ = done.stdout.split()
     assert int(operations) > (500 if mode != "processes" else -1)
-    assert int(deaths) > 20 or mode == "contended"
-    assert int(resumed) > 20 or mode in ("contended", "processes")
+    assert int(deaths) > 20 or mode in ("contended", "garbled")
+    assert int(resumed) > 20 or mode in ("contended", "processes", "garbled")
+    assert int(copies) > 2 or mode not in ("move", "punch", "garbled")
+    assert int(cuts) > 20 or mode != "punch"
