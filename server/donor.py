@@ -270,13 +270,15 @@ class Agent:
 
     async def reclaim(self, message: Reclaim) -> Reclaimed:
         """Raises UsageError."""
+        self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
         reclaimed = await self._reclaimer.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
         self._reservations_changed()
         return reclaimed
 
-    def lend(self, message: Lend) -> Done:
+    async def lend(self, message: Lend) -> Done:
         self._reclaimer.lend(message.holder)
         self._reservations_changed()
+        await self._report()  # who has our answer may ask the broker for the room at once
         return Done()
 
     def _reservations_changed(self) -> None:
@@ -296,7 +298,8 @@ class Agent:
         """What an earlier agent, or a function that this one did not ask, has left in doubt."""
         try:
             if await mover.settle(custody, self._line, target):
-                await self._drop(custody, f"it was moved to donor {target.place.donor}")
+                await mover.leave(custody, self._line, target.place.donor)
+                self._forget(custody)
         except MemfaasError as error:
             await self._lose(custody, str(error))
 
@@ -401,7 +404,7 @@ class Agent:
             case Reclaim():
                 return await self.reclaim(message)
             case Lend():
-                return self.lend(message)
+                return await self.lend(message)
             case MoveAway():
                 return await process.detached(self._nursery, lambda: self._bring_home(message.lease))
         raise ProtocolError(f"a donor does not answer {type(message).__name__}")
@@ -461,7 +464,7 @@ class _DeskPeer:
             case Reclaim():
                 return await self._agent.reclaim(message)
             case Lend():
-                return self._agent.lend(message)
+                return await self._agent.lend(message)
         raise ProtocolError(f"a donor answers no {type(message).__name__} here")
 
     def on_notice(self, message: Message) -> None:

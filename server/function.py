@@ -262,7 +262,7 @@ class _AgentPeer:
             case Send():
                 return await self._function.send(message)
             case Resume():
-                self._function.the_lease().resume(message.epoch)
+                await self._function.the_lease().resume(message.epoch)
                 return Done()
             case Punch():
                 return Punched(size=await self._function.the_lease().punch(message.size))

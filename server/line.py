@@ -13,7 +13,7 @@ from memfaas import rpc
 from memfaas.addresses import Address
 from memfaas.auth import Credentials
 from memfaas.errors import AccessError, MemfaasError, ProtocolError, TransportError
-from memfaas.messages import Message
+from memfaas.messages import LeaseGone, Message
 from memfaas.server import process
 
 _SAY_S = 2.0
@@ -46,6 +46,7 @@ class Line:
         self._register = register
         self._channel: rpc.Channel | None = None
         self._known = False
+        self._unsaid: list[LeaseGone] = []
 
     @property
     def open(self) -> bool:
@@ -58,14 +59,16 @@ class Line:
         return await self._channel.request(message, reply, timeout_s)
 
     async def say(self, message: Message) -> None:
-        """Tells the broker; when it is away, the next registration does."""
-        if self._channel is None:
-            return
-        try:
-            with trio.move_on_after(_SAY_S):
-                await self._channel.notify(message)
-        except TransportError:
-            pass
+        """Tells the broker. When it is away, the next registration does; and what is gone is said after that."""
+        if self._channel is not None:
+            try:
+                with trio.move_on_after(_SAY_S):
+                    await self._channel.notify(message)
+                    return
+            except TransportError:
+                pass
+        if isinstance(message, LeaseGone):
+            self._unsaid.append(message)  # a broker that was started anew does not even know that we had it
 
     async def run(self) -> None:
         """Connects again whenever the connection breaks. Raises what waiting does not mend."""
@@ -113,5 +116,8 @@ class Line:
                 failure = None
                 self._known = True
                 self._channel = channel
+                unsaid, self._unsaid = self._unsaid, []
+                for message in unsaid:
+                    await self.say(message)
         self._channel = None
         return failure

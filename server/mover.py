@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, TransportError
-from memfaas.messages import Message, Relocate, Settle, Settled, Target
+from memfaas.messages import LeaseGone, Message, Relocate, Settle, Settled, Target
 from memfaas.server.custody import Custody
 from memfaas.server.victims import Moved
 
@@ -32,6 +32,8 @@ class Broker(Protocol):
     async def ask(self, message: Message, reply: type[R], timeout_s: float) -> R:
         """Raises TransportError while the broker is away."""
 
+    async def say(self, message: Message) -> None: ...
+
 
 async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
     """Moves a lease to another donor; its memory here is free when this returns.
@@ -48,12 +50,19 @@ async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
         sent = await custody.send(target, max(_LEAST_S, deadline - trio.current_time()))
         there = target.place.donor
         if sent.outcome == "moved" or (sent.outcome == "in doubt" and await settle(custody, broker, target)):
-            await custody.end(f"it was moved to donor {there}")
+            await leave(custody, broker, there)
             return Moved(spill=target.spill, pause=sent.pause)
         reason = sent.reason
         logger.warning("lease %s: could not be moved to donor %s: %s", custody.name, there, reason)
         avoid.append(there)
     raise DeadlineExceeded(f"lease {custody.name} could not be moved in time: {reason}")
+
+
+async def leave(custody: Custody, broker: Broker, target: str) -> None:
+    """It is served there: gives its memory here back."""
+    reason = f"it was moved to donor {target}"
+    await custody.end(reason)
+    await broker.say(LeaseGone(lease=custody.spec.lease, reason=reason, moved_to=target))
 
 
 async def settle(custody: Custody, broker: Broker, target: Target) -> bool:

@@ -60,6 +60,7 @@ class Served:
         self._populating: threading.Thread | None = None
         self._arrival: Arrival | None = None
         self._departure: Departure | None = None
+        self._departed = trio.Event()
         self._memory: _native.Memory
         self._doorman: Doorman
         self._door: Door
@@ -137,19 +138,22 @@ class Served:
         """
         if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
             raise TransportError(f"lease {self.name} cannot be sent now")
-        self._departure = Departure(self._memory, target, self._door.cut)
+        departure = self._departure = Departure(self._memory, target, self._door.cut)
+        self._departed = trio.Event()
         try:
-            sent = await trio.to_thread.run_sync(self._departure.run, timeout_s)
+            sent = await trio.to_thread.run_sync(departure.run, timeout_s)
         finally:
             self._departure = None
+            self._departed.set()
         if sent.outcome == "in doubt":
             self.in_doubt = target
-        elif sent.outcome == "moved":
-            self._memory.revoke()  # whoever waits looks for it elsewhere
         return sent
 
-    def resume(self, epoch: int) -> None:
+    async def resume(self, epoch: int) -> None:
         """What was sent will never be served there."""
+        if self._departure is not None:  # its agent has had no patience, and the broker has decided
+            self._departure.stop()
+            await self._departed.wait()
         self.message = msgspec.structs.replace(
             self.message, spec=msgspec.structs.replace(self.message.spec, epoch=epoch)
         )
