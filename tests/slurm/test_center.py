@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from memfaas import auth
-from memfaas.errors import LeaseLost
+from memfaas.errors import LeaseLost, TransportError
 from memfaas.units import MIB
 from tests.slurm.center import NODE_MIB, USER, wait_for
 from tests.slurm.site import NODES, PLAIN_NODE, Reader, Site, fill, value
@@ -73,24 +73,28 @@ def broker_away(site: Site, how: str) -> Iterator[None]:
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_without_a_broker_the_node_frees_the_memory_itself(site: Site, how: str) -> None:
     """Nobody can say where the values could go: the job wins, and they are lost by name."""
-    with site.session() as opened:
+    with site.session(timeout=1) as opened:
         store = opened.store(f"without-{how}", size=180 * MIB)
         count = fill(store, _DATA)
         assert site.in_kernel(2) >= _DATA // 4
         with broker_away(site, how):
             assert site.seen_by_job(2, f"--mem={NODE_MIB}") == 0, site.explain()
             runs = site.hooks()
-            assert set(site.center.states().values()) == {"idle"}
+            site.center.wait_idle()
         assert {run.status for run in runs.values()} == {0}
         assert "had not heard of it from the broker" in site.said("Prolog")
+        if how == "hung":  # a new broker waits for a while before it believes that a shard is lost
+            wait_for(lambda: any(one.lost_shards for one in opened.stores()), "the loss is known", _LONG_S)
+        reported = (LeaseLost,) if how == "hung" else (LeaseLost, TransportError)
         kept = 0
-        for one in range(count):
+        sample = range(0, count, count // 30)
+        for one in sample:
             try:
                 assert store.get(str(one)) == value(one)
                 kept += 1
-            except LeaseLost:
+            except reported:
                 pass
-        assert 0 < kept < count
+        assert 0 < kept < len(sample)
 
 
 def test_a_donor_that_hangs_holds_up_no_job(site: Site) -> None:
