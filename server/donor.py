@@ -54,7 +54,7 @@ from memfaas.server.pool import FunctionProcess, Pool
 from memfaas.server.reclaim import Reclaimer
 from memfaas.server.serving import DESCRIPTORS
 from memfaas.server.victims import Moved, may_drop
-from memfaas.units import MIB, format_size
+from memfaas.units import GIB, MIB, format_size
 
 _ADOPT_S = 5.0
 _REGISTER_S = 10.0
@@ -65,6 +65,9 @@ _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
 _REPORT_PAUSE_S = 1.0
 _NOTICEABLE = 64 * MIB
+_EVICT_RATE_4K = GIB
+_EVICT_RATE_2M = 32 * GIB
+"""Bytes per second that a busy node's kernel takes back of memory that clients have mapped, at least."""
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +83,11 @@ class Agent:
         self._home = Home(settings.home)
         self._pool = Pool(settings.warm)
         self._custodies: dict[bytes, Custody] = {}
-        self._reclaimer = Reclaimer(settings.name, lambda: list(self._custodies.values()))
+        self._reclaimer = Reclaimer(
+            settings.name,
+            lambda: list(self._custodies.values()),
+            evict_rate=_EVICT_RATE_2M if node.gives_huge_pages() else _EVICT_RATE_4K,
+        )
         credentials = auth.Credentials.of_donor(secret, settings.name)
         self._line = Line(settings.name, settings.broker, credentials, self, self._register)
         self._desk = Desk(self._home.desk_path, _DeskPeer(self))

@@ -18,10 +18,12 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from memfaas.auth import OPERATOR
+from memfaas.cli.reclaim import report
 from memfaas.cli.status import donor_table, lease_table, make_console
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
-from memfaas.errors import CapacityError, MemfaasError, ValueCorrupt
+from memfaas.errors import CapacityError, DeadlineExceeded, MemfaasError, ValueCorrupt
 from memfaas.units import GIB, MIB, format_duration, format_size
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _SMALL = 4096
 _SMALL_OPERATIONS = 2000
 _REFRESH_S = 0.25
 _BACKED_S = 5.0
+_DEADLINE = "5s"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ def demo() -> None:
     console.print(f"A data set of {format_size(size)}, {DONORS} donors on this machine, over {' and '.join(FABRICS)}.")
     data = _data_set(size)
     started = time.perf_counter()
-    # Shards are equal and values are cut into parts, so some room is lost to rounding.
-    with LocalCluster(donors=DONORS, memory=size // 2 + 32 * MIB) as cluster:
+    # With one donor less there must be room still. Shards are equal and values are cut into parts, so some
+    # is lost to rounding.
+    with LocalCluster(donors=DONORS, memory=size + 64 * MIB) as cluster:
         console.print(
             f"The cluster is up at {cluster.address.partition('?')[0]}, "
             f"after {format_duration(time.perf_counter() - started)}."
@@ -74,8 +78,8 @@ def demo() -> None:
         results = [_over(fabric, cluster.address, data, console) for fabric in FABRICS]
     console.print(_result_table(results))
     console.print(
-        f"All {sum(result.arrays for result in results)} arrays came back byte for byte. "
-        "The processes have ended, and their memory is free again.",
+        f"All {sum(result.arrays for result in results)} arrays came back byte for byte, and did so again when a donor "
+        "had taken its memory back. The processes have ended, and their memory is free again.",
         highlight=False,
     )
 
@@ -123,6 +127,7 @@ def _over(fabric: Choice, address: str, data: dict[str, NDArray[Any]], console: 
             put = _put_all(store, data, progress)
             get = _get_all(store, data, progress)
             puts, gets = _small_operations(store)
+        _take_back(address, store, data, console)
         used = store.info()
         reached = {shard.fabric for shard in used.shards}
         if reached != {fabric}:
@@ -213,6 +218,22 @@ def _small_operations(store: Store) -> tuple[list[float], list[float]]:
         if found != value:
             raise ValueCorrupt(f"{key} did not come back as it was stored")
     return puts, gets
+
+
+def _take_back(address: str, store: Store, data: dict[str, NDArray[Any]], console: Console) -> None:
+    """A batch job wants the memory of one donor, while the data set is in it."""
+    donor = store.keepers[0].place.donor
+    with connect(address, tenant=OPERATOR) as operator:
+        lends = next(one.memory.offered for one in operator.status().donors if one.donor == donor)
+        reclaimed = operator.reclaim(donor, lends, deadline=_DEADLINE, holder="the demo's batch job")
+        console.print(report(reclaimed))
+        if not reclaimed.in_time:
+            raise DeadlineExceeded(f"donor {donor} did not give its memory back within {_DEADLINE}")
+        progress = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=console)
+        with progress:
+            _get_all(store, data, progress)
+        operator.lend(donor, "the demo's batch job")
+    console.print()
 
 
 def _speed(size: int, seconds: float) -> str:
