@@ -32,6 +32,8 @@ class Debt:
     steps: list[FreedBytes] = field(default_factory=list)
     tried: set[bytes] = field(default_factory=set)
     """Leases that could not be moved."""
+    doomed: list[bytes] = field(default_factory=list)
+    """Leases that must go at the deadline if nothing else pays."""
     stuck: set[bytes] = field(default_factory=set)
     """Leases that could not even be evicted."""
     ended: trio.Event = field(default_factory=trio.Event)

@@ -163,16 +163,17 @@ class Reclaimer:
     def _take_leases(self, debt: Debt) -> float | None:
         """Starts what has to be started now. Returns when to look again; None when nothing can be done."""
         doomed = self._doomed()
-        while doomed[debt] and (due := self._evict_at(debt, doomed)) <= trio.current_time():
+        while (due := self._evict_at(debt, doomed)) <= trio.current_time() and doomed[debt]:
             reason = "the node needs its memory now, and it could not be moved in time"
             self._start_evicting(debt, doomed[debt][0], reason)
             doomed = self._doomed()
-        if doomed[debt]:
-            self._start_leaving(debt, due)
+        if due > trio.current_time():
+            self._start_leaving(debt, doomed)
             doomed = self._doomed()  # some may be on their way to be dropped
         if doomed[debt]:
             return self._evict_at(debt, doomed)
-        return math.inf if self._ledger.claims else None
+        # What others have claimed, or will evict, may be enough for this one too.
+        return math.inf if self._ledger.claims or any(doomed.values()) else None
 
     # --- free parts of shards -------------------------------------------------------------------------
 
@@ -224,9 +225,8 @@ class Reclaimer:
 
     # --- whole leases, while there is time --------------------------------------------------------------
 
-    def _start_leaving(self, debt: Debt, deadline: float) -> None:
+    def _start_leaving(self, debt: Debt, doomed: dict[Debt, list[Holding]]) -> None:
         """Has victims moved or dropped, as many at the same time as may be."""
-
         able = [
             one
             for one in self._ledger.unclaimed()
@@ -234,15 +234,22 @@ class Reclaimer:
         ]
         victims = choose(able, self._ledger.need(debt), _loss)
         moving = sum(claim.debt is debt and claim.doing == "move" for claim in self._ledger.claims.values())
+        deadline = self._evict_at(debt, doomed)
         # Large ones first: then the small ones may turn out not to be needed.
         for victim in sorted(victims, key=lambda one: one.bytes, reverse=True):
-            if victim.state == "arriving":
-                self._start_evicting(debt, victim, "the node that it was to come to needs the memory")
-            elif may_drop(victim.spec):
-                self._start_evicting(debt, victim, "the node needs its memory")
+            if victim.state == "arriving" or may_drop(victim.spec):
+                if victim in doomed[debt] or self._has_time_for(victim, doomed):
+                    reason = "the node needs its memory" if victim.state == "serving" else "the node needs the room"
+                    self._start_evicting(debt, victim, reason)
             elif moving < self._moves_at_once:
                 moving += 1
                 self._nursery.start_soon(self._move, debt, self._ledger.claim(victim, "move", debt), deadline)
+
+    def _has_time_for(self, victim: Holding, doomed: dict[Debt, list[Holding]]) -> bool:
+        """Whether the kernel can free it and still have what is doomed by its deadline."""
+        going = sum(claim.size for claim in self._ledger.claims.values() if claim.doing == "evict")
+        until = trio.current_time() + (going + victim.bytes) / self._evict_rate
+        return all(until <= self._evict_at(debt, doomed) for debt in doomed)
 
     async def _move(self, debt: Debt, claim: Claim, deadline: float) -> None:
         spec = claim.holding.spec

@@ -112,12 +112,16 @@ def choose(candidates: Iterable[Holding], need: int, order: Callable[[Holding], 
 
 
 def _pick(pool: list[Holding], need: int) -> Holding:
-    """The least active of the smallest that suffice, or else of the largest, within a factor of two."""
+    """The least active of those of about the best size.
+
+    The best is the smallest that suffices, unless small ones do it together with less waste; of these, the largest.
+    """
     enough = [one for one in pool if one.bytes >= need]
-    if enough:
-        smallest = min(one.bytes for one in enough)
+    small = [one for one in pool if one.bytes < need]
+    smallest = min((one.bytes for one in enough), default=0)
+    if enough and (smallest <= 2 * need or sum(one.bytes for one in small) < need):
         alike = [one for one in enough if one.bytes <= 2 * smallest]
     else:
-        largest = max(one.bytes for one in pool)
-        alike = [one for one in pool if 2 * one.bytes >= largest]
+        largest = max(one.bytes for one in small)
+        alike = [one for one in small if 2 * one.bytes >= largest]
     return min(alike, key=lambda one: (one.activity(), one.bytes, one.spec.lease))
