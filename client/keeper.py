@@ -177,10 +177,13 @@ class Keeper:
             self._install(None)
 
     def moved(self, place: Place) -> None:
-        """The lease is served there now. Operations that wait for it go on at once."""
+        """The lease is served there now. Operations that wait for it go on at once, and new ones begin there."""
         if self._adopt(place):
             log.info("%s is on donor %s now", self._what, place.donor)
             self._look_again()
+            with self._news:
+                if self._is_behind():
+                    self._install(None)
 
     def _adopt(self, place: Place) -> bool:
         """Takes over a place that is not older than the one that is known. Whether it is not."""
@@ -228,7 +231,7 @@ class Keeper:
                     wait = True
                 else:
                     self._add_connection(link, attempt, deadline)
-            elif link is None or not self._was_mended(attempt, entered):
+            elif not self._was_mended(link, reason, attempt, entered):
                 self._reopen(reason, attempt, deadline)
             operation.seen = self._mended
         finally:
@@ -236,9 +239,9 @@ class Keeper:
         if wait:
             self._pause(attempt, deadline)
 
-    def _was_mended(self, attempt: int, entered: float) -> bool:
+    def _was_mended(self, link: Link | None, reason: int, attempt: int, entered: float) -> bool:
         """Whether another thread replaced the link, perhaps after it failed us."""
-        if self._is_behind():
+        if link is None or self._is_behind() or (reason == BROKEN and not isinstance(link, TcpLink)):
             return False
         seen = self._operation.seen
         just_now = attempt == 1 and self._mended_at > entered - _JUST_MENDED_S
@@ -276,8 +279,8 @@ class Keeper:
             self._pause(attempt, deadline)
         if reason == REVOKED:
             self._over = max(self._over, self._linked)
-        elif reason == BROKEN and isinstance(self._current(), TcpLink):
-            # The core asks what the broken connection did, so it must not become another fabric before that.
+        elif reason == BROKEN:
+            # It was over tcp. The core asks what the broken connection did, and can do so only over tcp.
             self._in_doubt_until = max(self._in_doubt_until, deadline)
         in_doubt = time.monotonic() < self._in_doubt_until
         choice: fabric.Choice = "tcp" if in_doubt else self._broker.fabric

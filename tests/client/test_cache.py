@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -14,6 +15,8 @@ import pytest
 
 from memfaas import auth, fabric, messages
 from memfaas.client.aio import AsyncStore
+from memfaas.client.local import LocalCluster
+from memfaas.client.session import connect
 from memfaas.errors import BrokerUnavailable, CapacityError, KeyAbsent, LeaseLost, StoreFull, ValueLost
 from memfaas.units import MIB
 
@@ -147,6 +150,37 @@ def test_it_heals_when_there_is_room_again(
     assert store.get(key) == b"again"
     shard = store.info().shards[DROPPED]
     assert (shard.donor, shard.trouble, shard.keys) == ("d", None, 1)
+
+
+@pytest.mark.slow
+def test_real_donors_drop_a_shard_and_take_it_in_again() -> None:
+    with (
+        LocalCluster(donors=2, memory="64MiB") as cluster,
+        connect(cluster.address) as session,
+        connect(cluster.address, tenant="operator") as operator,
+    ):
+        store = session.store("cache", size="64MiB", on_reclaim="drop")
+        keys = [b"%d" % n for n in range(200)]
+        store.put_many(dict.fromkeys(keys, NOISE[:1000]))
+        there = {shard.donor: shard.keys for shard in store.info().shards}
+        done = operator.reclaim("donor0", "64MiB", deadline="30s")
+        assert done.in_time
+        assert {"dropped"} <= {step.how for step in done.steps} <= {"unlent", "punched", "dropped"}
+        assert sum(value is not None for value in store.get_many(keys)) == len(store) == there["donor1"]
+        with pytest.raises(StoreFull):
+            store.put_many(dict.fromkeys(keys, b"again"))
+        assert store.info().dropped == there["donor0"]
+
+        operator.lend("donor0")
+        deadline = time.monotonic() + 30
+        while len(store) < len(keys):
+            assert time.monotonic() < deadline
+            for key in keys:
+                with contextlib.suppress(StoreFull):
+                    store.put(key, b"again")
+            time.sleep(0.1)
+        assert set(store.get_many(keys)) == {b"again"}
+        assert {shard.donor for shard in store.info().shards} == {"donor0", "donor1"}
 
 
 def test_a_child_looks_again_by_itself(cache: Any) -> None:

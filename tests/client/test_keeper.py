@@ -341,6 +341,19 @@ def test_a_move_that_was_told_needs_no_broker(world: World) -> None:
     assert world.asked == 0
 
 
+def test_new_operations_begin_where_the_lease_is_now(world: World) -> None:
+    """The old memory may be frozen for long, when its donor cannot tell whether the move went well."""
+    world.keeper.mend(NEED_CONNECTION, 1)
+    links = [world.link]
+    world.keeper.moved(place(epoch=1))
+    links.append(world.link)
+    world.keeper.moved(place(epoch=2))
+    assert links[0] is links[1]
+    assert world.link is None
+    world.keeper.mend(NEED_CONNECTION, 1)
+    assert (world.asked, world.opened[-1].epoch) == (0, 2)
+
+
 def test_a_second_move_within_a_moment_is_followed_too(world: World) -> None:
     world.keeper.mend(NEED_CONNECTION, 1)
     for epoch in (2, 3, 4):
@@ -458,11 +471,21 @@ def test_an_operation_in_doubt_over_tcp_is_not_continued_over_another_fabric(wor
     world.keeper.mend(BROKEN, 2)
     world.keeper.moved(place(epoch=3))
     world.keeper.mend(REVOKED, 3)
-    assert world.choices == ["auto", "tcp", "tcp"]
+    world.link = None  # another thread's doing
+    world.keeper.mend(BROKEN, 4)
+    assert world.choices == ["auto", "tcp", "tcp", "tcp"]
     time.sleep(world.timeout)  # by then it has ended
     world.keeper.moved(place(epoch=4))
     world.keeper.mend(REVOKED, 1)
-    assert world.choices[-1] == "auto"
+    assert world.choices[4:] == ["auto"]
+
+
+def test_a_broken_connection_is_asked_about_over_tcp_whatever_the_link_is_by_now(world: World) -> None:
+    world.keeper.mend(NEED_CONNECTION, 1)
+    world.link = mapped = empty.full_link()  # as by another thread, which found the lease on its own node
+    world.keeper.mend(BROKEN, 1)
+    assert world.link is not mapped
+    assert world.choices == ["auto", "tcp"]
 
 
 # --- leases that are lost, and caches -------------------------------------------------------------

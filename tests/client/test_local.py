@@ -76,6 +76,27 @@ def test_what_is_started_is_stopped() -> None:
 
 
 @pytest.mark.slow
+def test_a_donor_of_the_disk_takes_what_memory_has_no_room_for_and_leaves_no_file() -> None:
+    with (
+        LocalCluster(donors=1, memory="12MiB", spill="128MiB") as cluster,
+        memfaas.connect(cluster.address) as session,
+    ):
+        donors = {donor.donor: donor for donor in session.status().donors}
+        assert [donors[name].spill for name in ("donor0", "spill")] == [False, True]
+        near, far = session.store("near", size="8MiB"), session.store("far", size="64MiB")
+        assert {shard.donor for shard in near.info().shards} == {"donor0"}
+        assert {shard.donor for shard in far.info().shards} == {"spill"}
+        far.put("k", os.urandom(30 << 20))
+        cluster.kill_donor("spill")
+        assert len(far.get("k")) == 30 << 20
+        cluster.restart_donor("spill")
+        assert len(far.get("k")) == 30 << 20
+        assert list((cluster.folder / "spill").iterdir()) == []
+        assert cluster.donor_pid("spill") in processes(cluster)
+    assert not cluster.folder.exists()
+
+
+@pytest.mark.slow
 def test_what_was_killed_is_cleaned_up_too() -> None:
     def body() -> None:
         with LocalCluster(donors=1, memory="32MiB") as cluster:
