@@ -314,9 +314,17 @@ class Store(StoreCore):
         try:
             self._store(key, payload, meta, flags)
         except StoreFull:
+            self._check_memory(key)
             if not self._parts.make_room():
                 raise
             self._store(key, payload, meta, flags)
+
+    def _check_memory(self, key: bytes) -> None:
+        """Raises StoreFull when the key's shard was dropped, and no donor has room for it now."""
+        shard = self._shard_of(key, USER)
+        vacant = self.keepers[shard].vacant
+        if vacant is not None:
+            raise StoreFull(f"key {key[:100]!r}: shard {shard} of store {self.spec.name!r} was dropped, and {vacant}")
 
     def _store(self, key: bytes, payload: memoryview, meta: bytes, flags: int) -> None:
         if len(payload) <= self.part_size and len(meta) <= MAX_META:
@@ -337,8 +345,10 @@ class Store(StoreCore):
             return self._save(key, USER, manifest.pack(), meta, flags | FLAG_MANIFEST)
         except DeadlineExceeded:
             raise  # the manifest may have been stored after all: then the parts are needed
-        except BaseException:
+        except BaseException as error:
             self._parts.remove(manifest)
+            if isinstance(error, StoreFull):
+                self._check_memory(key)
             raise
 
     def _forget(self, manifest: bytes) -> None:

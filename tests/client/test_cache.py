@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import time
@@ -56,9 +57,10 @@ def test_what_was_dropped_is_absent_and_nothing_goes_in(cache: Any) -> None:
         lambda: store.put(gone, np.arange(9)),
         lambda: store.put(gone, NOISE),
         lambda: store.put_many({gone: b"3"}),
+        lambda: store.put_from(gone, io.BytesIO(NOISE)),
     ]
     for write in writes:
-        with pytest.raises(StoreFull):
+        with pytest.raises(StoreFull, match="shard 1 of store 'local' was dropped, and no donor has room"):
             write()
     store.put(kept, b"4")
     assert store.get(kept) == b"4"
