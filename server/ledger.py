@@ -31,7 +31,7 @@ class Debt:
     deadline_s: float
     steps: list[FreedBytes] = field(default_factory=list)
     tried: set[bytes] = field(default_factory=set)
-    """Leases that could not be moved."""
+    """Leases that could not be moved lately."""
     doomed: list[bytes] = field(default_factory=list)
     """Leases that must go at the deadline if nothing else pays."""
     stuck: set[bytes] = field(default_factory=set)

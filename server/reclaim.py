@@ -27,6 +27,8 @@ MOVES_AT_ONCE = 4
 """For one reclaim. More only share the same link."""
 _EVICT_S = 0.02
 """From the decision to evict until the kernel begins to free."""
+_AGAIN_S = 0.5
+"""After a move that failed, before the lease is tried again."""
 _PUNCH_S = 1.0
 """A function that has not begun to punch by then hangs, and is passed over."""
 
@@ -257,8 +259,9 @@ class Reclaimer:
             with claim.scope:
                 claim.moved = await claim.holding.move(deadline)
         except MemfaasError as error:
-            logger.warning("%s stays here: %s", describe(spec), error)
+            logger.warning("%s stays here for now: %s", describe(spec), error)
             debt.tried.add(spec.lease)
+            self._nursery.start_soon(self._try_again, debt, spec.lease)
         finally:
             claim.ended.set()
             if self._ledger.release(claim):
@@ -266,6 +269,12 @@ class Reclaimer:
                     self._ledger.pay(debt, claim.size, _how(claim), spec, claim.moved.pause)
                 self._ledger.settle()
             self._wake()
+
+    async def _try_again(self, debt: Debt, lease: bytes) -> None:
+        """Other donors get room meanwhile, and others are tried instead."""
+        await trio.sleep(_AGAIN_S)
+        debt.tried.discard(lease)
+        self._wake()
 
     # --- at the deadline --------------------------------------------------------------------------------
 

@@ -201,6 +201,21 @@ async def test_what_cannot_move_is_lost_by_name_just_before_the_deadline(
     assert 9.9 < result.seconds <= 10.0
 
 
+async def test_a_lease_that_found_no_room_is_moved_when_there_is_some(
+    node: Node, reclaimer: Reclaimer, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    lease = node.lend(1000 * MIB, move="no room")
+
+    async def make_room() -> None:
+        await trio.sleep(3)
+        lease.move_fate = "moves"
+
+    nursery.start_soon(make_room)
+    result = await reclaimer.reclaim(100 * MIB, 30.0, "job 17")
+    assert steps(result) == [("migrated", 1000)]
+    assert result.seconds < 10
+
+
 async def test_with_little_time_nothing_is_tried_that_could_cost_it(
     node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
 ) -> None:
