@@ -1,0 +1,204 @@
+"""The donor watches its node, so that programs that nobody announced find memory too.
+
+The kernel says when programs wait for memory (PSI) and when a control group comes near its limit; but
+no event says that MemAvailable is low, so that is looked at: the more often the nearer it is to the
+headroom, for no node gets there faster than it can allocate.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import trio
+
+from memfaas.server import memory
+from memfaas.server.governor import Governor, Reading
+from memfaas.server.reclaim import Reclaimer
+from memfaas.units import GIB, format_size
+
+HOLDER = "pressure"
+DEADLINE_S = 2.0
+"""Until then the headroom has to do."""
+_ALLOCATION_RATE = 10 * GIB
+"""Bytes per second that programs take at most."""
+_OFTEN_S = 0.02
+_SELDOM_S = 1.0
+# Without CAP_SYS_RESOURCE the kernel takes only windows of whole 2 s.
+_PSI_TRIGGER = b"some 100000 2000000"
+
+logger = logging.getLogger(__name__)
+
+
+class Gauge:
+    """What `memory.available` says, for looking often: at most too low, by what lies in processors' lists."""
+
+    def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._meminfo = os.open(proc / "meminfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._groups = [group for group in memory._levels(proc) if _limit(group) is not None]
+
+    def available(self) -> int:
+        text = os.pread(self._meminfo, 4096, 0)
+        start = text.index(b"MemAvailable:") + len(b"MemAvailable:")
+        node = int(text[start : text.index(b"kB", start)]) * 1024
+        return min([node, *(group.available() for group in self._groups)])
+
+    def close(self) -> None:
+        os.close(self._meminfo)
+
+
+class Watch:
+    """Wakes the donor when memory gets scarce. `watched` says by what."""
+
+    def __init__(self, headroom: int, proc: Path = Path("/proc")) -> None:
+        self.watched: list[str] = []
+        self._epoll = select.epoll()
+        self._pressure: set[int] = set()
+        self._thresholds: set[int] = set()
+        self._watch_pressure(proc / "pressure/memory")
+        for group in memory._levels(proc):
+            self._watch_pressure(group.folder / "memory.pressure")
+            self._watch_threshold(group, headroom)
+        self.watched.append("MemAvailable")
+        logger.info("memory pressure is watched by %s", ", ".join(self.watched))
+
+    def _watch_pressure(self, file: Path) -> None:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return
+        try:
+            os.write(descriptor, _PSI_TRIGGER)
+            self._epoll.register(descriptor, select.EPOLLPRI)
+        except OSError:
+            os.close(descriptor)
+            return
+        self._pressure.add(descriptor)
+        self.watched.append(str(file))
+
+    def _watch_threshold(self, group: memory._Level, headroom: int) -> None:
+        """Version 1 of control groups tells when usage crosses a threshold."""
+        control = group.folder / "cgroup.event_control"
+        limit = _limit(group)
+        if limit is None or limit <= headroom or not control.exists():
+            return
+        event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            usage = os.open(group.folder / group.usage, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                control.write_text(f"{event} {usage} {limit - headroom}")
+            finally:
+                os.close(usage)
+        except OSError:
+            os.close(event)
+            return
+        self._epoll.register(event, select.EPOLLIN)
+        self._thresholds.add(event)
+        self.watched.append(f"{group.folder} below {format_size(limit - headroom)}")
+
+    async def wait(self, seconds: float) -> bool:
+        """Returns after so long, or at once when the kernel says that memory is scarce: then True."""
+        with trio.move_on_after(seconds):
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+        return self._said()
+
+    def _said(self) -> bool:
+        said = False
+        for descriptor, what in self._epoll.poll(0):
+            if what & select.EPOLLERR and descriptor in self._pressure:  # its group was removed
+                self._epoll.unregister(descriptor)
+                self._pressure.remove(descriptor)
+                os.close(descriptor)
+            elif descriptor in self._thresholds:
+                os.eventfd_read(descriptor)
+                said = True
+            else:
+                said = True
+        return said
+
+    def close(self) -> None:
+        trio.lowlevel.notify_closing(self._epoll.fileno())
+        self._epoll.close()
+        for descriptor in self._pressure | self._thresholds:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _limit(group: memory._Level) -> int | None:
+    limit = min(memory._number(group.folder / name) for name in group.limits)
+    return limit if limit < memory._NO_LIMIT else None
+
+
+def pause_for(room: int) -> float:
+    """Seconds within which programs cannot take so many bytes, within reason."""
+    return min(_SELDOM_S, max(_OFTEN_S, room / _ALLOCATION_RATE))
+
+
+async def watch_node(
+    reclaimer: Reclaimer,
+    headroom: int,
+    populated: Callable[[], int],
+    on_change: Callable[[], None],
+    *,
+    proc: Path = Path("/proc"),
+) -> None:
+    """Takes memory back when the node has too little, and lends it again later; until cancelled.
+
+    `populated` says how many bytes leases have taken now, `on_change` is called when the offer has changed.
+    """
+    governor = Governor(headroom, trio.current_time)
+    gauge = Gauge(proc)
+    try:
+        with Watch(headroom, proc) as watch:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    reading = _read(reclaimer, gauge.available(), populated())
+                    if governor.room(reading) < 0:
+                        # Looked at closely before anything is taken back.
+                        reading = _read(reclaimer, memory.available(proc), populated())
+                    change = governor.decide(reading)
+                    if change < 0:
+                        logger.warning(
+                            "this node has %s available, and %s are its headroom: takes back %s",
+                            format_size(reading.available),
+                            format_size(headroom),
+                            format_size(-change),
+                        )
+                        await nursery.start(_take_back, reclaimer, -change, on_change)
+                    elif change > 0:
+                        logger.info("this node has memory again: lends %s more", format_size(change))
+                        reclaimer.lend(HOLDER, change)
+                        on_change()
+                    # Who lends nothing has nothing to give, however little there is.
+                    await watch.wait(pause_for(governor.room(reading)) if reclaimer.offered else _SELDOM_S)
+    finally:
+        gauge.close()
+
+
+async def _take_back(
+    reclaimer: Reclaimer, size: int, on_change: Callable[[], None], task_status: trio.TaskStatus[None]
+) -> None:
+    task_status.started()  # who waits for this goes on when the offer is lower, and asks for nothing twice
+    await reclaimer.reclaim(size, DEADLINE_S, HOLDER)
+    on_change()
+
+
+def _read(reclaimer: Reclaimer, available: int, populated: int) -> Reading:
+    return Reading(
+        available=available,
+        populated=populated,
+        offered=reclaimer.offered,
+        reserved=reclaimer.reserved.get(HOLDER, 0),
+    )
