@@ -30,7 +30,8 @@ _ALLOCATION_RATE = 10 * GIB
 _OFTEN_S = 0.02
 _SELDOM_S = 1.0
 # Without CAP_SYS_RESOURCE the kernel takes only windows of whole 2 s.
-_PSI_TRIGGER = b"some 100000 2000000"
+# It also cuts off the last byte, whatever it is.
+_PSI_TRIGGER = b"some 100000 2000000\0"
 
 logger = logging.getLogger(__name__)
 

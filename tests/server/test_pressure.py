@@ -169,6 +169,12 @@ async def test_the_watch_says_by_what_it_watches_and_wakes_by_time_without_any_o
         assert not await watch.wait(0.01)
 
 
+@pytest.mark.skipif(not os.access("/proc/pressure/memory", os.W_OK), reason="the kernel has no memory pressure (PSI)")
+async def test_the_kernel_is_asked_to_tell_of_pressure_where_it_can() -> None:
+    with Watch(HEADROOM) as watch:
+        assert "/proc/pressure/memory" in watch.watched
+
+
 def test_the_gauge_never_says_more_than_there_is() -> None:
     gauge = Gauge()
     assert 0 < gauge.available() <= memory.available() + 256 * MIB  # the node does not stand still
