@@ -229,7 +229,7 @@ def test_every_method_for_users_is_described(kind: type) -> None:
     text = (ROOT / "docs/api.md").read_text()
     internal = {
         memfaas.Session: {"open", "ensure_open", "locate", "close_store", "close_region", "holdings", "fabrics"}
-        | {"on_gone", "after_fork"},
+        | {"on_gone", "on_dropped", "on_moved", "after_fork"},
         memfaas.Store: {"shut", "fabrics"},
         memfaas.Region: {"shut"},
         memfaas.LocalCluster: {"donor_name", "let_go_after_fork"},

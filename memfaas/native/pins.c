@@ -74,7 +74,12 @@ static int pin(struct mf_op *op) {
     }
 }
 
+/* What waits in frozen memory sees that it is served again, or revoked; not that it is served elsewhere, nor
+ * that it must not block its thread. So it comes back soon, and its client looks around. */
+#define FROZEN_NS 20000000ll
+
 int mf_pin(struct mf_op *op) {
+    int64_t patience = 0;
     _Atomic uint32_t *state = &op->memory->control->state;
     if (op->memory->generation != mf_fork_generation())
         return MF_STALE;
@@ -90,8 +95,10 @@ int mf_pin(struct mf_op *op) {
             return MF_REVOKED;
         if (op->timeout == 0)
             return MF_WAIT;
-        mf_futex_wait(state, now, mf_due(op));
-        if (mf_now() > mf_due(op))
+        if (patience == 0)
+            patience = mf_now() + FROZEN_NS < mf_due(op) ? mf_now() + FROZEN_NS : mf_due(op);
+        mf_futex_wait(state, now, patience);
+        if (mf_now() > patience)
             return MF_FROZEN;
     }
 }
