@@ -14,7 +14,7 @@ BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
 
 BUILD_PACKAGES := gcc libc6-dev libxxhash-dev python3-dev python3-venv
-TEST_PACKAGES := iproute2 memcached munge redis-server slurm-wlm slurm-wlm-basic-plugins
+TEST_PACKAGES := iproute2 memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
 
 .PHONY: help install dev build demo test test-fast lint format bench peers clean
 

@@ -40,8 +40,8 @@ class Site:
         self._job = "0"
 
     @contextmanager
-    def session(self, tenant: str = "alice", timeout: float | None = None) -> Iterator[memfaas.Session]:
-        with memfaas.connect(self.cluster.address, tenant=tenant, timeout=timeout) as opened:
+    def session(self, tenant: str = "alice") -> Iterator[memfaas.Session]:
+        with memfaas.connect(self.cluster.address, tenant=tenant) as opened:
             yield opened
 
     # --- memory -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -226,6 +227,15 @@ def test_a_hook_says_why_it_could_do_nothing(tmp_path: Path) -> None:
     done = run_hook(tmp_path, "epilog-slurmctld", SLURM_JOB_ID="17", SLURM_JOB_NODELIST="node1")
     assert done.returncode == 0
     assert "job 17: epilog-slurmctld: no broker answers at 127.0.0.1:1" in done.stderr
+
+
+def test_a_hook_keeps_its_limit(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        broker = f"--broker=127.0.0.1:{silent.getsockname()[1]}"
+        variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node1"}
+        done = run_hook(tmp_path, "epilog-slurmctld", broker, "--limit=0.1", **variables)
+    assert done.returncode == 0
+    assert "gave up after its limit of 0.1 s" in done.stderr
 
 
 def test_the_key_of_a_job_is_for_its_user_alone(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from memfaas.errors import ProtocolError, TransportError
-from memfaas.messages import DonorInfo, Memory
-from memfaas.server.slurm import jobs, nodes
+from memfaas.messages import DonorInfo, Memory, StatusReport, StoreInfo, StoreSpec
+from memfaas.server.slurm import jobs, nodes, stores
 from memfaas.units import GIB, MIB
 
 _JOB = (
@@ -99,6 +100,22 @@ def test_what_was_published_is_withdrawn_when_the_donor_is_gone() -> None:
     assert nodes.comment(nodes.comment("", lends), None) == ""
     assert nodes.extra(nodes.extra("", lends), None) == ""
     assert nodes.extra(nodes.extra('{"rack": 1}', lends), None) == '{"rack":1}'
+
+
+def test_the_pool_counts_what_is_free_and_what_jobs_have_of_it() -> None:
+    def store(name: str) -> StoreInfo:
+        spec = StoreSpec(
+            store=b"", name=name, tenant="t", size=GIB, shards=1, shard_size=GIB, persistent=True,
+            compression="none", on_reclaim="migrate",
+        )  # fmt: skip
+        return StoreInfo(spec=spec, sessions=0, lost_shards=[])
+
+    away = msgspec.structs.replace(donor({}), connected=False)
+    report = StatusReport(
+        uptime=0, donors=[donor({}), away], leases=[], stores=[store("slurm-17"), store("data")], sessions=[]
+    )
+    # A little less: of what is free, a store's index takes some.
+    assert 1.8 * GIB < stores.quantity(report) < 2 * GIB
 
 
 def test_nothing_changes_in_slurm_when_nothing_changed() -> None:
