@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -23,6 +24,7 @@ from memfaas.server.records import (
     ToTell,
     shard_lease,
 )
+from memfaas.server.usage import Accounts
 
 Standing = Callable[[str, int, int], tuple[int, bool]]
 """Of a tenant, the bytes that it has leased and those that it asks for: their priority, and whether they
@@ -52,6 +54,8 @@ class Book:
         self._clock = clock
         self._cost = cost
         self._standing = standing
+        self.accounts = Accounts(clock, time.time)
+        """Who leases how much where."""
         self._complete_at = clock() + DONOR_GRACE_S
         """From then on, what no donor has shown does not exist."""
         self._ended: set[bytes] = set()
@@ -86,8 +90,7 @@ class Book:
 
     def _begin(self, spec: LeaseSpec, donor: str) -> Lease:
         cost = self._cost(spec.kind, spec.size)
-        leased = sum(lease.cost for lease in self.leases.values() if lease.spec.tenant == spec.tenant and lease.donor)
-        priority, borrowed = self._standing(spec.tenant, leased, cost)
+        priority, borrowed = self._standing(spec.tenant, self.accounts.leased(spec.tenant), cost)
         lease = Lease(msgspec.structs.replace(spec, priority=priority, borrowed=borrowed), cost, "", State.GRANTING)
         lease.issued = spec.epoch
         self.leases[spec.lease] = lease
@@ -103,6 +106,7 @@ class Book:
         donor.leases.add(lease.spec.lease)
         donor.over.pop(lease.spec.lease, None)
         donor.left.discard(lease.spec.lease)
+        self.accounts.lease_is_at(lease.spec.lease, lease.spec.tenant, donor.name, lease.cost)
 
     def _take(self, lease: Lease) -> Donor | None:
         """It is with no donor; returns the one that it was with."""
@@ -110,6 +114,7 @@ class Book:
         if donor is not None:
             donor.leases.discard(lease.spec.lease)
         lease.donor = ""
+        self.accounts.lease_ended(lease.spec.lease)
         return donor
 
     def _must_free(self, donor: Donor, lease: bytes, cost: int, reason: str) -> Outcome:
@@ -142,6 +147,7 @@ class Book:
         holder = self.donors.get(lease.donor)
         if holder is not None:
             holder.leases.discard(identity)
+        self.accounts.lease_ended(identity)
         for donor in (holder, self._end_move(lease)):
             if donor is not None:
                 outcome += self._must_free(donor, identity, lease.cost, reason)
@@ -173,6 +179,7 @@ class Book:
         if lease.spec.store is None:
             return self._end(lease, reason)
         lease.state, lease.endpoint, lease.links, lease.until = State.LOST, NOWHERE, {}, math.inf
+        self.accounts.lease_ended(lease.spec.lease)
         outcome = self._tell(lease, reason)
         store = self.stores[lease.spec.store.store]
         if len(self.lost_shards(store)) == len(store.leases):

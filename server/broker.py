@@ -43,12 +43,13 @@ from memfaas.messages import (
     Registered,
     StoreSpec,
 )
-from memfaas.server import process
+from memfaas.server import process, usage
 from memfaas.server.donors import DonorPeer
 from memfaas.server.homecoming import Homecoming
 from memfaas.server.lobby import Lobby
 from memfaas.server.placement import Placer
 from memfaas.server.places import place_of
+from memfaas.server.quotas import Quotas
 from memfaas.server.records import Lease, Outcome, Room, State, Store, ToDirect, ToFree, ToTell
 from memfaas.server.sessions import SessionPeer
 from memfaas.server.tables import Tables
@@ -72,10 +73,12 @@ logger = logging.getLogger(__name__)
 class Broker:
     """Serves connections within `run`."""
 
-    def __init__(self, secret: bytes, ttl: float, placer: Placer | None = None) -> None:
+    def __init__(self, secret: bytes, ttl: float, placer: Placer | None = None, quotas: Quotas | None = None) -> None:
         self.secret = secret
         self.placer = placer if placer is not None else Placer()
-        self.tables = Tables(trio.current_time, ttl, self.placer.cost)
+        self.tables = Tables(
+            trio.current_time, ttl, self.placer.cost, (quotas if quotas is not None else Quotas()).standing
+        )
         self.started_at = trio.current_time()
         self.settled_at = self.started_at + SETTLE_S
         self._lobby = Lobby(_STRANGERS)
@@ -407,11 +410,13 @@ class Broker:
 async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = process.announce) -> None:
     """Runs a broker until it is cancelled. `on_ready` gets `address` (as text) once it listens.
 
-    Raises AccessError for the secret file, UsageError for an address that cannot be listened on.
+    Raises AccessError for the secret file, UsageError for other files, or an address that cannot be listened on.
     """
     secret = auth.read_secret(settings.secret_file)
     process.allow_many_files()
-    broker = Broker(secret, settings.lease_ttl)
+    broker = Broker(secret, settings.lease_ttl, quotas=Quotas.load(settings.tenants_file))
+    if settings.usage_file is not None:
+        usage.take_up(broker.tables.accounts, settings.usage_file)
     try:
         listeners = await trio.open_tcp_listeners(settings.listen_port, host=settings.listen_host, backlog=4096)
     except OSError as error:
@@ -420,7 +425,10 @@ async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = p
     address = Address(settings.listen_host, listeners[0].socket.getsockname()[1])
     logger.info("broker: listens on %s, leases live %g s", address, settings.lease_ttl)
     on_ready(role="broker", address=str(address))
-    await broker.run(listeners)
+    async with trio.open_nursery() as nursery:
+        if settings.usage_file is not None:
+            nursery.start_soon(usage.keep, broker.tables.accounts, settings.usage_file)
+        nursery.start_soon(broker.run, listeners)
 
 
 def main(settings: BrokerSettings) -> None:

@@ -17,6 +17,7 @@ from memfaas.messages import (
     LeaseGone,
     Message,
     Receive,
+    Reclaimed,
     Register,
     Registered,
     Relocate,
@@ -65,6 +66,8 @@ class DonorPeer:
                 self._broker.donor_lost(self._name, message)
             case Arrived():
                 self._broker.lease_arrived(self._name, message.held)
+            case Reclaimed():
+                self._broker.tables.accounts.donor_reclaimed(self._name, message.freed, message.in_time)
             case _:
                 raise ProtocolError(f"a donor does not say {type(message).__name__}")
 

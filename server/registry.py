@@ -35,6 +35,7 @@ class Registry(Moves):
             donor = self.donors[name] = Donor(name, node, host, memory)
         donor.node, donor.host, donor.memory, donor.spill = node, host, memory, spill
         donor.connected, donor.lost_at = True, math.inf
+        self.accounts.donor_offers(name, memory.offered)
         identities = {one.spec.lease for one in held}
         donor.over = {lease: past for lease, past in donor.over.items() if lease in identities}
         donor.left &= identities
@@ -175,6 +176,7 @@ class Registry(Moves):
         if donor is None:
             return
         donor.connected = False
+        self.accounts.donor_offers(name, 0)
         donor.away_since = self._clock()
         donor.lost_at = donor.away_since + DONOR_GRACE_S
         for identity in donor.arriving:
@@ -187,8 +189,10 @@ class Registry(Moves):
     def report(self, name: str, report: DonorReport) -> None:
         donor = self.donors[name]
         donor.memory, donor.reclaimed = report.memory, report.reclaimed
+        self.accounts.donor_offers(name, report.memory.offered)
         for identity in donor.leases:
             self.leases[identity].links = report.links.get(identity, {})
+            self.accounts.lease_is_populated(identity, report.populated.get(identity, 0))
         for identity in donor.left - report.populated.keys():
             self._has_freed(donor, identity)
 

@@ -20,6 +20,7 @@ from memfaas.errors import (
     UsageError,
 )
 from memfaas.messages import (
+    AskUsage,
     CloseSession,
     CloseStore,
     DeleteStore,
@@ -42,6 +43,7 @@ from memfaas.messages import (
     Status,
     StatusReport,
     StoreOpened,
+    UsageReport,
 )
 from memfaas.server import status
 from memfaas.server.places import place_of
@@ -58,7 +60,7 @@ _ANSWER_S = 5.0
 """How much longer than its deadline a reclaim's answer may take."""
 _LONGEST_NAME = 255
 
-_WITHOUT_SESSION = Status | Reclaim | Lend
+_WITHOUT_SESSION = Status | Reclaim | Lend | AskUsage
 
 R = TypeVar("R", bound=Message)
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class SessionPeer:
             Status: self._status,
             Reclaim: self._reclaim,
             Lend: self._lend,
+            AskUsage: self._usage,
         }
 
     async def on_request(self, message: Message) -> Message:
@@ -244,11 +247,16 @@ class SessionPeer:
         if message.size <= 0 or not 0 <= message.deadline < math.inf:
             raise UsageError(f"cannot take back {message.size} bytes within {message.deadline:g} s")
         logger.info("donor %s: %s takes back %d bytes", message.donor, message.holder, message.size)
-        return await self._ask_donor(message.donor, message, Reclaimed, message.deadline + _ANSWER_S)
+        reclaimed = await self._ask_donor(message.donor, message, Reclaimed, message.deadline + _ANSWER_S)
+        self._tables.accounts.donor_reclaimed(message.donor, reclaimed.freed, reclaimed.in_time)
+        return reclaimed
 
     async def _lend(self, message: Lend) -> Done:
         self._check_operator(message)
         return await self._ask_donor(message.donor, message, Done, _ANSWER_S)
+
+    async def _usage(self, _: AskUsage) -> UsageReport:
+        return self._tables.accounts.report(None if self._tenant == auth.OPERATOR else self._tenant)
 
     def _check_operator(self, message: Message) -> None:
         if self._tenant != auth.OPERATOR:

@@ -1,14 +1,15 @@
 """Who used how much of whose memory: byte-seconds, added up for each tenant on each donor.
 
 `Accounts` are told of every change and add up only then, so that a change costs the same however many
-leases there are. They have no clock of their own and do no I/O; `save` and `load` keep the sums in a
-file, which has the form of what `memfaas usage --json` prints.
+leases there are. They have no clock of their own and do no I/O; `take_up` and `keep` have the
+sums in a file, which has the form of what `memfaas usage --json` prints.
 
 What was leased while no broker ran is in nobody's account.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections import defaultdict
@@ -17,9 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import trio
 
 from memfaas.errors import UsageError
 from memfaas.messages import DonorUsage, Usage, UsageReport
+
+SAVE_EVERY_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -198,3 +204,33 @@ def save(path: Path, report: UsageReport) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def take_up(accounts: Accounts, path: Path) -> None:
+    """Goes on from what is in the file. Raises UsageError for a file that cannot be used."""
+    earlier = load(path)
+    if earlier is not None:
+        accounts.go_on_from(earlier)
+    try:
+        save(path, accounts.report())
+    except OSError as error:
+        raise UsageError(f"cannot keep the usage in {path}: {error.strerror or error}") from error
+
+
+async def keep(accounts: Accounts, path: Path) -> None:
+    """Saves them now and then, and once more when it is cancelled."""
+    try:
+        while True:
+            await trio.sleep(SAVE_EVERY_S)
+            await _try_to_save(accounts, path)
+    finally:
+        with trio.CancelScope(shield=True):
+            await _try_to_save(accounts, path)
+
+
+async def _try_to_save(accounts: Accounts, path: Path) -> None:
+    """Counting goes on while a disk is full."""
+    try:
+        await trio.to_thread.run_sync(save, path, accounts.report())
+    except OSError as error:
+        logger.error("the usage could not be saved in %s: %s", path, error)
