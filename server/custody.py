@@ -106,7 +106,6 @@ class Custody:
         self.endpoint = endpoint
         self.name = spec.lease.hex()[:8]
         self.links: dict[str, int] = {}
-        self.populated = memory.populated(descriptors[0]) + memory.populated(descriptors[1])
         self.state: HoldingState = "serving" if incoming is None else "arriving"
         self.punched = 0
         self._spec = spec
@@ -137,6 +136,11 @@ class Custody:
     def bytes(self) -> int:
         """What it takes of the node."""
         return 0 if self._free.is_set() else self._size - self.punched
+
+    @property
+    def populated(self) -> int:
+        """Bytes of it that are backed by pages."""
+        return sum(memory.populated(descriptor) for descriptor in self._descriptors[:2])
 
     @property
     def held(self) -> HeldLease:
@@ -219,7 +223,7 @@ class Custody:
     def _hear(self, message: Message) -> None:
         match message:
             case FunctionReport():
-                self.populated, self.links = message.populated, message.links
+                self.links = message.links
                 self._on_change()
             case Received():
                 self._arrive()

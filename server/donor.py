@@ -42,15 +42,17 @@ from memfaas.messages import (
     Serving,
     Target,
 )
-from memfaas.server import memory, mover, process
+from memfaas.server import memory, mover, process, spare
 from memfaas.server.custody import Custody, FunctionLink
 from memfaas.server.descriptors import check_host, make_descriptors
 from memfaas.server.desk import Desk
 from memfaas.server.fds import FdStream, peer_of
+from memfaas.server.governor import margin
 from memfaas.server.home import Home
 from memfaas.server.line import Line
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import FunctionProcess, Pool
+from memfaas.server.pressure import HOLDER, watch_node
 from memfaas.server.reclaim import Reclaimer
 from memfaas.server.serving import DESCRIPTORS
 from memfaas.server.victims import Moved, may_drop
@@ -146,6 +148,14 @@ class Agent:
                         self._reclaimer.restore(self._home.reserved())
                         self._nursery.start_soon(self._report_changes)
                         self._nursery.start_soon(self._desk.run)
+                        if self._settings.backing is None:
+                            self._nursery.start_soon(
+                                watch_node,
+                                self._reclaimer,
+                                self._settings.headroom,
+                                self._populated,
+                                self._reservations_changed,
+                            )
                         await self._line.run()
                     except MemfaasError as error:
                         self._failure = error
@@ -167,7 +177,7 @@ class Agent:
     def _offer(self) -> int:
         """How much to lend in all. Raises UsageError when that is nothing."""
         headroom = self._settings.headroom
-        lendable = self._available() + sum(one.populated for one in self._custodies.values()) - headroom
+        lendable = self._available() + self._populated() - headroom
         if self._settings.backing is None and not node.gives_huge_pages():
             logger.warning(
                 "this node gives shared memory no 2 MiB pages, so it comes back about 50 times slower when it "
@@ -175,12 +185,13 @@ class Agent:
                 node.SHMEM_ENABLED,
             )
         if self._settings.memory == "auto":
-            if lendable < MIB:
+            keep = margin(headroom)  # or the next small program would take something back
+            if lendable - keep < MIB:
                 raise UsageError(
                     f"nothing to lend: {format_size(max(0, lendable + headroom))} are available on this node, "
-                    f"and --headroom keeps {format_size(headroom)} of it"
+                    f"and --headroom keeps {format_size(headroom)} of it, with {format_size(keep)} to spare"
                 )
-            return lendable
+            return lendable - keep
         if self._settings.memory > lendable:
             logger.warning(
                 "donor %s is to lend %s, but the node could spare only %s beyond the headroom now",
@@ -191,14 +202,16 @@ class Agent:
         return self._settings.memory
 
     def _available(self) -> int:
-        return memory.available(backing=self._settings.backing)
+        return spare.available(backing=self._settings.backing)
+
+    def _populated(self) -> int:
+        return sum(one.populated for one in self._custodies.values())
 
     def _memory(self) -> Memory:
-        custodies = self._custodies.values()
         return Memory(
             offered=self._reclaimer.offered,
-            leased=sum(one.bytes for one in custodies),
-            populated=sum(one.populated for one in custodies),
+            leased=self._reclaimer.used,
+            populated=self._populated(),
             available=self._available(),
             headroom=self._settings.headroom,
         )
@@ -289,7 +302,9 @@ class Agent:
         return Done()
 
     def _reservations_changed(self) -> None:
-        self._home.save_reserved(self._reclaimer.reserved)
+        reserved = self._reclaimer.reserved
+        reserved.pop(HOLDER, None)  # the next agent looks for itself
+        self._home.save_reserved(reserved)
         self._answer_gave_memory()
 
     async def _move(self, custody: Custody, deadline: float) -> Moved:

@@ -17,7 +17,7 @@ from typing import Self
 
 import trio
 
-from memfaas.server import memory
+from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading
 from memfaas.server.reclaim import Reclaimer
 from memfaas.units import GIB, format_size
@@ -27,8 +27,9 @@ DEADLINE_S = 2.0
 """Until then the headroom has to do."""
 _ALLOCATION_RATE = 10 * GIB
 """Bytes per second that programs take at most."""
-_OFTEN_S = 0.02
+_OFTEN_S = 0.05
 _SELDOM_S = 1.0
+_CLOSELY_S = 0.25
 # Without CAP_SYS_RESOURCE the kernel takes only windows of whole 2 s.
 # It also cuts off the last byte, whatever it is.
 _PSI_TRIGGER = b"some 100000 2000000\0"
@@ -37,17 +38,31 @@ logger = logging.getLogger(__name__)
 
 
 class Gauge:
-    """What `memory.available` says, for looking often: at most too low, by what lies in processors' lists."""
+    """What `spare.available` says, for looking often.
+
+    It may say too little, by what lies in processors' lists; `closely` counts that too, which takes a
+    hundred times as long.
+    """
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
+        self._proc = proc
         self._meminfo = os.open(proc / "meminfo", os.O_RDONLY | os.O_CLOEXEC)
-        self._groups = [group for group in memory._levels(proc) if _limit(group) is not None]
+        self._groups = [group for group in spare.groups(proc) if group.limit() < spare.NO_LIMIT]
+        self._listed = 0
+        self._listed_at = float("-inf")
 
     def available(self) -> int:
         text = os.pread(self._meminfo, 4096, 0)
         start = text.index(b"MemAvailable:") + len(b"MemAvailable:")
         node = int(text[start : text.index(b"kB", start)]) * 1024
         return min([node, *(group.available() for group in self._groups)])
+
+    def closely(self) -> int:
+        now = trio.current_time()
+        if now - self._listed_at > _CLOSELY_S:
+            self._listed_at = now
+            self._listed = max(0, spare.available(self._proc) - self.available())
+        return self.available() + self._listed
 
     def close(self) -> None:
         os.close(self._meminfo)
@@ -62,7 +77,7 @@ class Watch:
         self._pressure: set[int] = set()
         self._thresholds: set[int] = set()
         self._watch_pressure(proc / "pressure/memory")
-        for group in memory._levels(proc):
+        for group in spare.groups(proc):
             self._watch_pressure(group.folder / "memory.pressure")
             self._watch_threshold(group, headroom)
         self.watched.append("MemAvailable")
@@ -82,11 +97,11 @@ class Watch:
         self._pressure.add(descriptor)
         self.watched.append(str(file))
 
-    def _watch_threshold(self, group: memory._Level, headroom: int) -> None:
+    def _watch_threshold(self, group: spare.Group, headroom: int) -> None:
         """Version 1 of control groups tells when usage crosses a threshold."""
         control = group.folder / "cgroup.event_control"
-        limit = _limit(group)
-        if limit is None or limit <= headroom or not control.exists():
+        limit = group.limit()
+        if not headroom < limit < spare.NO_LIMIT or not control.exists():
             return
         event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
@@ -137,14 +152,9 @@ class Watch:
         self.close()
 
 
-def _limit(group: memory._Level) -> int | None:
-    limit = min(memory._number(group.folder / name) for name in group.limits)
-    return limit if limit < memory._NO_LIMIT else None
-
-
-def pause_for(room: int) -> float:
-    """Seconds within which programs cannot take so many bytes, within reason."""
-    return min(_SELDOM_S, max(_OFTEN_S, room / _ALLOCATION_RATE))
+def pause_for(available: int, headroom: int) -> float:
+    """Seconds within which programs cannot take what is available, but for half of the headroom."""
+    return min(_SELDOM_S, max(_OFTEN_S, (available - headroom / 2) / _ALLOCATION_RATE))
 
 
 async def watch_node(
@@ -168,7 +178,7 @@ async def watch_node(
                     reading = _read(reclaimer, gauge.available(), populated())
                     if governor.room(reading) < 0:
                         # Looked at closely before anything is taken back.
-                        reading = _read(reclaimer, memory.available(proc), populated())
+                        reading = _read(reclaimer, gauge.closely(), populated())
                     change = governor.decide(reading)
                     if change < 0:
                         logger.warning(
@@ -183,7 +193,7 @@ async def watch_node(
                         reclaimer.lend(HOLDER, change)
                         on_change()
                     # Who lends nothing has nothing to give, however little there is.
-                    await watch.wait(pause_for(governor.room(reading)) if reclaimer.offered else _SELDOM_S)
+                    await watch.wait(pause_for(reading.available, headroom) if reclaimer.offered else _SELDOM_S)
     finally:
         gauge.close()
 

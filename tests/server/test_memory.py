@@ -16,7 +16,7 @@ import pytest
 from memfaas import _native
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Memory
-from memfaas.server import memory
+from memfaas.server import memory, spare
 from memfaas.units import GIB, MIB
 
 
@@ -125,16 +125,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_too_small_refuses_and_keeps_nothing(small_disk: Path) -> None:
-    before = memory.available(backing=small_disk)
+    before = spare.available(backing=small_disk)
     assert before == 16 * MIB
     with pytest.raises(CapacityError, match=r"disk has no room for 34 MiB: No space left"):
         memory.make("shard", 32 * MIB, "test", small_disk)
-    assert memory.available(backing=small_disk) == before
+    assert spare.available(backing=small_disk) == before
     assert list(small_disk.iterdir()) == []
     made = memory.make("shard", 8 * MIB, "test", small_disk)
-    assert memory.available(backing=small_disk) == before - memory.populated(made[0])
+    assert spare.available(backing=small_disk) == before - memory.populated(made[0])
     close(made)
-    assert memory.available(backing=small_disk) == before
+    assert spare.available(backing=small_disk) == before
 
 
 def test_a_file_that_is_too_large_for_its_owner_is_refused(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ class Node:
         (self.mount / folder / name).write_text(f"{value}\n")
 
     def available(self) -> int:
-        return memory.available(self.proc)
+        return spare.available(self.proc)
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_a_group_with_less_than_nothing_left_has_nothing(node: Node) -> None:
 
 
 def test_the_real_node_can_be_asked() -> None:
-    assert 0 <= memory.available() < 1 << 60
+    assert 0 <= spare.available() < 1 << 60
 
 
 # --- accounts -----------------------------------------------------------------------------------------

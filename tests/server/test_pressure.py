@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from memfaas.server import memory
+from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading, margin
 from memfaas.server.pressure import HOLDER, Gauge, Watch, pause_for, watch_node
 from memfaas.server.reclaim import Reclaimer
@@ -105,9 +105,9 @@ def test_nothing_is_ever_lent_into_the_headroom_and_changes_are_few(lendable: li
 
 
 def test_the_node_is_looked_at_often_only_near_the_headroom() -> None:
-    assert pause_for(-GIB) == pause_for(0) == 0.02
-    assert 0.02 < pause_for(GIB) < 0.2
-    assert pause_for(100 * GIB) == 1.0
+    assert pause_for(0, GIB) == pause_for(GIB // 2, GIB) == 0.05
+    assert 0.05 < pause_for(2 * GIB, GIB) < 0.2
+    assert pause_for(100 * GIB, GIB) == 1.0
 
 
 # --- the whole of it, on a node that is files --------------------------------------------------------
@@ -177,14 +177,14 @@ async def test_the_kernel_is_asked_to_tell_of_pressure_where_it_can() -> None:
 
 def test_the_gauge_never_says_more_than_there_is() -> None:
     gauge = Gauge()
-    assert 0 < gauge.available() <= memory.available() + 256 * MIB  # the node does not stand still
+    assert 0 < gauge.available() <= spare.available() + 256 * MIB  # the node does not stand still
     gauge.close()
 
 
 @pytest.fixture
 def group() -> Iterator[Path]:
     """A memory control group of version 1, with a limit."""
-    above = next((level.folder for level in memory._levels(Path("/proc")) if "limit" in level.limits[0]), None)
+    above = next((level.folder for level in spare.groups(Path("/proc")) if "limit" in level.limits[0]), None)
     if above is None:
         pytest.skip("this machine has no memory control groups of version 1")
     made = above / f"memfaas-test-{os.getpid()}"
