@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -189,9 +190,17 @@ class Arrival:
             self.lease.memory.receive(self._far.fileno(), self.lease.data_fd, self.lease.timeout_s)
         except OSError as error:
             self._error = error
+        with suppress(OSError):  # for a sender that has more to say; it may be gone
+            self._far.shutdown(socket.SHUT_RDWR)
 
     def fileno(self) -> int:
         return self._near.fileno()
+
+    def send(self, stream: bytes) -> None:
+        """Instead of a copy. The receiver may end before all of it is sent."""
+        with suppress(OSError):
+            self._near.sendall(stream)
+            self._near.shutdown(socket.SHUT_WR)
 
     def wait(self) -> None:
         """Until all of it is here. The OSError of the receiver."""
