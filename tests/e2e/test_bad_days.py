@@ -33,6 +33,7 @@ from memfaas.errors import (
     MemfaasError,
     StoreFull,
     TransportError,
+    ValueLost,
     ValueTooLarge,
 )
 from memfaas.units import KIB, MIB

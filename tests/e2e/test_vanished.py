@@ -10,7 +10,7 @@ import pytest
 
 import memfaas
 from memfaas.client.local import LocalCluster
-from memfaas.errors import LeaseLost, MemfaasError
+from memfaas.errors import LeaseLost, MemfaasError, ValueLost
 from memfaas.fabric import Choice
 from memfaas.units import MIB
 from tests.e2e.scene import functions_of, kill, until
@@ -71,7 +71,7 @@ def test_all_that_needs_it_is_lost_and_all_else_goes_on(cluster: LocalCluster, f
             store.keys,
             lambda: len(store),
         ]
-        assert {type(outcome_of(operation)) for operation in needs_it} == {LeaseLost}
+        assert {type(outcome_of(operation)) for operation in needs_it} == {ValueLost}
         assert store.get_many(safe) == [batch[key] for key in safe]
         assert all(store.get(key) == batch[key] for key in safe)
         for region in regions:
