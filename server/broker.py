@@ -62,6 +62,8 @@ SETTLE_S = 1.0
 """After its start, a broker waits this long for signs of an earlier life."""
 RETURN_S = 3.0
 """How long a request waits for donors that are known to be on their way back."""
+_LOOK_PAUSE_S = 0.1
+"""Something changes all the time in a large cluster, and what ends next is found by going through all leases."""
 _GRANT_ROUNDS = 4
 _STRANGERS = 512
 
@@ -85,8 +87,6 @@ class Broker:
         self._donors: dict[str, rpc.Channel] = {}
         self._sessions: dict[bytes, rpc.Channel] = {}
         self._changed = trio.Event()
-        self._sooner = trio.Event()
-        self._wakes_at = 0.0
         self._nursery: trio.Nursery
 
     async def run(self, listeners: list[trio.SocketListener]) -> None:
@@ -182,8 +182,6 @@ class Broker:
         """Something changed: whoever waits looks again."""
         self._changed.set()
         self._changed = trio.Event()
-        if self.tables.next_deadline() < self._wakes_at:
-            self._sooner.set()
 
     async def wait_until(self, condition: Callable[[], bool], deadline: float) -> bool:
         with trio.move_on_at(deadline):
@@ -203,10 +201,12 @@ class Broker:
 
     async def _expire(self) -> None:
         while True:
-            self._sooner = trio.Event()
-            self._wakes_at = self.tables.next_deadline()
-            with trio.move_on_at(self._wakes_at):
-                await self._sooner.wait()
+            changed = self._changed
+            with trio.move_on_at(self.tables.next_deadline()) as scope:
+                await changed.wait()
+            if not scope.cancelled_caught:
+                await trio.sleep(_LOOK_PAUSE_S)
+                continue
             outcome = self.tables.expire()
             for one in outcome.tell + outcome.free:
                 logger.info("lease %s is over: %s", one.lease.hex()[:8], one.reason)

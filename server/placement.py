@@ -67,13 +67,14 @@ class Placer:
     def lease(self, kind: Kind, size: int, rooms: list[Room]) -> str:
         """The donor for one lease: the one with the most room. Raises CapacityError."""
         for among in _fastest_first(rooms):
-            donors = _spread(1, self.cost(kind, size), among)
+            donors = _spread(1, self.cost(kind, size), _roomiest_first(among))
             if donors is not None:
                 return donors[0]
         raise CapacityError(f"no donor has room for a {kind} of {format_size(size)}; {_offer(rooms)}")
 
     def _store(self, size: int, rooms: list[Room]) -> Placement | None:
         few, many = self._counts(size, rooms)
+        rooms = _roomiest_first(rooms)
         fitting = [placement for shards in few if (placement := self._try(size, shards, rooms))]
         if fitting:  # on the most donors, and then in the fewest shards
             return max(fitting, key=lambda one: (len(set(one.donors)), -len(one.donors)))
@@ -95,6 +96,7 @@ class Placer:
 
     def _largest_store(self, rooms: list[Room]) -> int:
         """About the largest: by bisection over sizes, for a few numbers of shards."""
+        rooms = _roomiest_first(rooms)
         total = sum(room.free for room in rooms)
         best = 0
         for shards in {1, min(MAX_SHARDS, max(1, len(rooms))), MAX_SHARDS}:
@@ -120,21 +122,27 @@ def _fastest_first(rooms: list[Room]) -> list[list[Room]]:
     return [memory] if len(memory) == len(rooms) else [memory, rooms]
 
 
+def _roomiest_first(rooms: list[Room]) -> list[Room]:
+    """Donors with equal room take turns in an order of chance, or the first would get every small store."""
+    return sorted(random.sample(rooms, len(rooms)), key=lambda room: -room.free)
+
+
 def _round_up(size: int) -> int:
     return -(-size // SPAN) * SPAN
 
 
 def _spread(shards: int, cost: int, rooms: list[Room]) -> list[str] | None:
-    """A donor for each of so many equal leases, as even as their room allows; None when they do not fit."""
+    """A donor for each of so many equal leases, as even as their room allows; None when they do not fit.
+
+    The rooms are in the order of `_roomiest_first`.
+    """
     if sum(room.free // cost for room in rooms) < shards:
         return None
-    # Donors with equal room take turns in an order of chance, or the first would get every small store.
-    order = sorted(random.sample(rooms, len(rooms)), key=lambda room: -room.free)
     chosen: list[str] = []
     held = 0
     while len(chosen) < shards:
         held += 1
-        chosen += [room.donor for room in order if room.free >= held * cost][: shards - len(chosen)]
+        chosen += [room.donor for room in rooms if room.free >= held * cost][: shards - len(chosen)]
     return chosen
 
 
