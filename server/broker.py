@@ -142,7 +142,9 @@ class Broker:
         if name in self._donors:
             raise UsageError(f"a donor named {name!r} is connected already; each needs a name of its own")
         self._donors[name] = channel
-        outcome = self.tables.register(name, message.node, message.host, message.memory, message.held, message.spill)
+        outcome = self.tables.register(
+            name, message.node, message.host, message.memory, message.held, message.spill, message.arriving
+        )
         logger.info("donor %s at %s: registered, holds %d leases", name, message.host, len(message.held))
         if message.held:
             self.saw_earlier_life()

@@ -354,6 +354,7 @@ class Agent:
                 self._home.forget(path)  # it died after its agent, and its memory with it
             except (OSError, MemfaasError, trio.TooSlowError) as error:
                 logger.error("the memory function at %s cannot be adopted: %r", path, error)
+        self._home.forget_all_but(one.endpoint.unix_path for one in self._custodies.values())
 
     async def _adopt(self, path: Path) -> None:
         stream = FdStream((await trio.open_unix_socket(str(path))).socket)
@@ -400,6 +401,7 @@ class Agent:
             host=self._host,
             memory=self._memory(),
             held=[one.held for one in self._custodies.values() if one.state in ("serving", "moving")],
+            arriving=[one.spec.lease for one in self._custodies.values() if one.state == "arriving"],
             spill=self._settings.backing is not None,
         )
         answer = await channel.request(register, Registered, _REGISTER_S)

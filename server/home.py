@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from memfaas.errors import UsageError
@@ -88,6 +89,13 @@ class Home:
     def control_paths(self) -> list[Path]:
         """Where functions of an earlier agent may listen."""
         return sorted(self.folder.glob("*.ctl"))
+
+    def forget_all_but(self, unix_paths: Iterable[str]) -> None:
+        """Removes the sockets of leases that ended while no agent ran."""
+        keep = {Path(path) for path in unix_paths} | {self.desk_path}
+        for path in self.folder.glob("*.sock"):
+            if path not in keep and not path.with_suffix(".ctl").exists():
+                path.unlink(missing_ok=True)
 
     def forget(self, control_path: Path) -> None:
         """Removes the sockets of a function that is dead."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import msgspec
 
@@ -27,9 +28,19 @@ class Registry(Moves):
     """See `memfaas.server.tables`, of which this is a part."""
 
     def register(
-        self, name: str, node: str, host: str, memory: Memory, held: list[HeldLease], spill: bool = False
+        self,
+        name: str,
+        node: str,
+        host: str,
+        memory: Memory,
+        held: list[HeldLease],
+        spill: bool = False,
+        arriving: Iterable[bytes] | None = None,
     ) -> Outcome:
-        """A donor connects and says what it holds. `Outcome.free` has what it must drop."""
+        """A donor connects and says what it holds. `Outcome.free` has what it must drop.
+
+        `arriving`: what it still waits for (None: all that it was told to).
+        """
         donor = self.donors.get(name)
         if donor is None:
             donor = self.donors[name] = Donor(name, node, host, memory)
@@ -44,9 +55,12 @@ class Registry(Moves):
             outcome += self._show(donor, one)
         for identity in list(donor.leases - identities):
             outcome += self._without_donor(self.leases[identity], f"donor {name} no longer holds it")
-        for identity in donor.arriving:  # it may still be waiting for it
-            move = self.leases[identity].moving
-            if move is not None:
+        for identity in list(donor.arriving):
+            lease = self.leases[identity]
+            move = lease.moving
+            if arriving is not None and identity not in arriving:
+                outcome += self._end_move_in_vain(lease, f"donor {name} no longer waits for it")
+            elif move is not None:
                 move.until = self._clock() + move.timeout + MOVE_MARGIN_S
         return outcome
 
