@@ -23,6 +23,8 @@ from memfaas.bench.reclaim.run import ROUNDS as RECLAIM_ROUNDS
 from memfaas.bench.reclaim.run import SIZES as RECLAIM_SIZES
 from memfaas.bench.reclaim.run import measure_reclaim
 from memfaas.bench.run import LEAST_ROUNDS
+from memfaas.bench.trace import jobs, machine, policies
+from memfaas.bench.trace import report as trace_report
 from memfaas.errors import UsageError
 from memfaas.units import format_size, parse_duration, parse_size
 
@@ -180,6 +182,63 @@ def reclaim_command(sizes: tuple[int, ...], rounds: int, output: Path, strict: b
     console.print(f"figures: {table}")
     if strict and bars.missed(found.verdicts):
         sys.exit(1)
+
+
+@bench.command("trace")
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, path_type=Path),
+    help="The machine's samples: a CSV file, or the folder data/daint_utilization of the artifact (docs/trace.md). "
+    "Without it, a machine with the same statistics.",
+)
+@click.option("--nodes", type=click.IntRange(min=2), default=1000, show_default=True, help="How large a machine.")
+@click.option("--start", type=_Duration(), default=0.0, help="Where in the trace to begin.")
+@click.option("--hours", type=click.FloatRange(min=0.1), default=6.0, show_default=True, help="How much of it.")
+@click.option(
+    "--policy",
+    "names",
+    multiple=True,
+    type=click.Choice([policy.name for policy in policies.variants()]),
+    help="Only this policy; may be repeated.",
+)
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the jobs that are drawn.")
+@_output_option
+def trace_command(
+    trace: Path | None, nodes: int, start: float, hours: float, names: tuple[str, ...], seed: int, output: Path
+) -> None:
+    """Replay the jobs of a machine on a simulated cluster of thousands of donors.
+
+    The broker, the placement and the policy by which donors take memory back are the real ones, on a
+    virtual clock; bytes, and the time that it takes to copy and to free them, are computed. One policy
+    stands for the defaults, and each of the others differs from it in one thing.
+    """
+    from memfaas.cli.replay import replay  # it puts the sides together
+
+    chosen = [policy for policy in policies.variants() if not names or policy.name in names]
+    seconds = hours * 3600
+    series = (machine.read(trace) if trace else machine.like_daint(start + seconds)).part(start, seconds)
+    timeline = jobs.Generator(series, nodes, seed).timeline()
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    with _progress() as progress:
+        for count, policy in enumerate(chosen):
+            progress(count / len(chosen), f"policy: {policy.name}")
+            outcomes.append(replay(timeline, policy, series.idle_free, seed))
+    console = Console()
+    console.width = max(console.width, trace_report.WIDTH)
+    console.print(trace_report.show(outcomes))
+    stem = output / f"bench-trace-{datetime.now():%Y%m%d-%H%M%S}"
+    table = stem.with_suffix(".json")
+    trace_report.write(outcomes, table, trace=str(trace or "like Piz Daint"))
+    console.print(f"figures: {table}")
+    try:
+        from memfaas.bench.trace.plot import plot
+
+        plot(outcomes, stem.with_suffix(".png"))
+    except ImportError as error:
+        console.print(f"no plot: {error}; matplotlib comes with the extra memfaas[bench]")
+    else:
+        console.print(f"plot: {stem.with_suffix('.png')}")
 
 
 def _measure(

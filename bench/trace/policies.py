@@ -1,0 +1,57 @@
+"""What is tried side by side: a policy that stands for the defaults, and others that differ in one thing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from memfaas.messages import OnReclaim
+from memfaas.units import GIB
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How memory is lent and taken back. Sizes in bytes, times in seconds."""
+
+    name: str
+    on_reclaim: OnReclaim = "migrate"
+    headroom: int = GIB
+    """Of each node, never lent."""
+    deadline: float = 1.0
+    """For the memory of a job that begins."""
+    settle: float = 0.0
+    """After so long a donor lends again what a job had that has ended."""
+    moves_at_once: int = 4
+    """Of one reclaim."""
+    spill: float = 0.0
+    """Spill donors' space, as a share of all memory."""
+    link: float = 10.0 * GIB
+    """Bytes per second that a node sends, and receives."""
+    free_rate: float = 100.0 * GIB
+    """Bytes per second that a kernel takes back: pages of 2 MiB, or of 4 KiB."""
+    store: int = 128 * GIB
+    """Of each store; it has up to 64 shards."""
+    demand: float = 0.6
+    """Stores that are wanted, as a share of the memory that is free on average."""
+
+
+DEFAULT = Policy("default")
+
+
+def variants() -> list[Policy]:
+    """The default first."""
+    return [
+        DEFAULT,
+        replace(DEFAULT, name="drop", on_reclaim="drop"),
+        replace(DEFAULT, name="spill 2%", spill=0.02),
+        replace(DEFAULT, name="headroom 4 GiB", headroom=4 * GIB),
+        replace(DEFAULT, name="headroom 16 GiB", headroom=16 * GIB),
+        replace(DEFAULT, name="settle 5 min", settle=300.0),
+        replace(DEFAULT, name="deadline 250 ms", deadline=0.25),
+        replace(DEFAULT, name="deadline 10 s", deadline=10.0),
+        replace(DEFAULT, name="1 move at once", moves_at_once=1),
+        replace(DEFAULT, name="16 moves at once", moves_at_once=16),
+        replace(DEFAULT, name="4 KiB pages", free_rate=4.0 * GIB),
+        replace(DEFAULT, name="1 GiB/s link", link=1.0 * GIB),
+        replace(DEFAULT, name="stores of 512 GiB", store=512 * GIB),
+        replace(DEFAULT, name="demand 80%", demand=0.8),
+    ]
