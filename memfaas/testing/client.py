@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from memfaas._native import BROKEN, NEED_CONNECTION, LinkDown, ShmLink, TcpLink
+from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, LinkDown, ShmLink, TcpLink
 from memfaas.errors import KeyAbsent, StoreFull
 from memfaas.testing.function import admitted
 from memfaas.testing.history import Recorder, Step
@@ -84,6 +84,8 @@ class _Worker:
         self._store._set_link(0, link)
 
     def _repair(self, store: BareStore, reason: int) -> None:
+        if reason == FROZEN:  # while it is copied
+            return
         link = store._get_link(0)
         if not isinstance(link, TcpLink) or reason not in (NEED_CONNECTION, BROKEN):
             raise LinkDown(reason)

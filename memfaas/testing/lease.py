@@ -190,8 +190,7 @@ class Arrival:
             self.lease.memory.receive(self._far.fileno(), self.lease.data_fd, self.lease.timeout_s)
         except OSError as error:
             self._error = error
-        with suppress(OSError):  # for a sender that has more to say; it may be gone
-            self._far.shutdown(socket.SHUT_RDWR)
+        self._far.close()  # no mere shutdown: that does not stop a sender who has more to say
 
     def fileno(self) -> int:
         return self._near.fileno()
@@ -206,14 +205,12 @@ class Arrival:
         """Until all of it is here. The OSError of the receiver."""
         self._thread.join()
         self._near.close()
-        self._far.close()
         if self._error is not None:
             raise self._error
 
     def break_off(self) -> None:
         self._near.close()
         self._thread.join()
-        self._far.close()
 
 
 def move(memory: Memory, to: Arrival, *, rounds: int = 3, between: Callable[[], object] = lambda: None) -> BareLease:

@@ -106,6 +106,8 @@ static void connect_tcp(struct client *client) {
 
 /* Whether to try again. */
 static bool mend(struct client *client, int status) {
+    if (status == MF_FROZEN)
+        return moves || punches; /* for the length of a copy */
     if (client->link.mapped || (status != MF_BROKEN && status != MF_NEED_CONNECTION))
         return false;
     connect_tcp(client);
@@ -229,8 +231,10 @@ static void *run_dying(void *argument) {
             draw(&client) % 2 && mf_put_reserve_rest(&op) == MF_OK && draw(&client) % 2)
             mf_lock(&op, stripe_of(mf_hash_key(&key, sizeof key, 0)));
         mf_reap(&memory, DYING);
-        if (mf_put_right(&memory, mf_now() + timeout))
-            fail("not everything could be put right", 0, 0);
+        int64_t due = mf_now() + timeout;
+        while (mf_put_right(&memory, due)) /* also when the shard is frozen */
+            if (mf_now() > due)
+                fail("not everything could be put right", 0, 0);
         atomic_fetch_add(&deaths, 1);
     }
     close_client(&client);

@@ -57,7 +57,8 @@ class Residence:
         """The link for an operation that could not be done for this reason."""
         link = core._get_link(0) if isinstance(core, BareStore) else core._get_link()
         if reason == FROZEN:
-            raise LinkDown(reason)
+            assert isinstance(link, ShmLink | TcpLink)
+            return link
         if isinstance(link, ShmLink):
             assert reason == REVOKED
             return self.lease.shm_link()
