@@ -276,7 +276,7 @@ def test_the_report_shows_figures_ratios_and_what_was_skipped() -> None:
     file = io.StringIO()
     Console(file=file, width=200).print(report.show(found))
     text = file.getvalue()
-    for part in ("4.00 ms", "250 GiB/s", "2.00 x limit", "skipped spilled, 1 GiB in pages of 2 MiB: no scratch"):
+    for part in ("4.00 ms", "250 GiB/s", "2.00x", "skipped spilled, 1 GiB in pages of 2 MiB: no scratch"):
         assert part in text
     for part in (f"skipped {ways.FROM_START}, no donor", "MISS", "20 ms PASS"):
         assert part in text

@@ -29,12 +29,14 @@ DEADLINE_S = 120.0
 _HOLDER = "memfaas bench"
 _DONOR = "donor0"
 _OTHER = 64 * MIB
-"""What a donor lends beyond the lease that is measured."""
+"""What a donor lends beyond the lease that is measured and its index."""
 _FILL = os.urandom(16 * MIB)
 _MOST = 0.8
 """Of the memory, by the step that is measured: some of a full shard is free, and is punched out before it goes."""
 _PATIENCE_S = 120.0
 _POLL_S = 50e-6
+_LATE_S = 0.05
+"""A busy machine may not let us look for so long."""
 _MARK = "BENCH_RECLAIM_OF"
 
 
@@ -47,17 +49,17 @@ class NotSo(Exception):
 
 def unlent(size: int, pages: Pages) -> float:
     """Seconds until memory that nobody leased is out of reach. It has no pages, so the reply ends it."""
-    with _operator(1, size + _OTHER) as (_, session):
-        return _reclaim(session, size, ways.UNLENT, 0)
+    with _operator(1, size) as (_, session):
+        return _reclaim(session, size, ways.UNLENT, [])
 
 
 def punched(size: int, pages: Pages) -> float:
     """Seconds until free spans are cut out of a shard that keeps serving: half of it is free."""
-    with _operator(1, 2 * size + _OTHER) as (mark, session):
+    with _operator(1, 2 * size) as (mark, session):
         store = session.store("bench", size=2 * size)
         store.put(b"kept", b"1")
         with _backing(mark, 2 * size) as files:
-            seconds = _reclaim(session, size, ways.PUNCHED, size, files)
+            seconds = _reclaim(session, size, ways.PUNCHED, files)
         if store.get(b"kept") != b"1":
             raise NotSo("a value was lost although only free spans were cut out")
         return seconds
@@ -65,24 +67,24 @@ def punched(size: int, pages: Pages) -> float:
 
 def dropped(size: int, pages: Pages) -> float:
     """Seconds until a cache is evicted that is full of values."""
-    with _operator(1, size + _OTHER) as (mark, session):
+    with _operator(1, size) as (mark, session):
         store = session.store("bench", size=size, on_reclaim="drop")
         with suppress(StoreFull):
             for number in count():
                 store.put(b"%d" % number, _FILL[:MIB])
         with _backing(mark, size) as files:
-            return _reclaim(session, size, ways.DROPPED, size, files)
+            return _reclaim(session, size, ways.DROPPED, files)
 
 
 def migrated(size: int, pages: Pages) -> float:
     """Seconds until a lease full of data has moved to another donor, and its memory here is free."""
-    with _operator(2, size + _OTHER) as (mark, session):
+    with _operator(2, size) as (mark, session):
         return _move_away(session, mark, size, ways.MIGRATED)
 
 
 def spilled(size: int, pages: Pages) -> float:
     """The same, to a donor that lends files in local scratch."""
-    with _operator(1, size + _OTHER, spill=size + _OTHER) as (mark, session):
+    with _operator(1, size, spill=True) as (mark, session):
         return _move_away(session, mark, size, ways.SPILLED)
 
 
@@ -92,7 +94,7 @@ def _move_away(session: memfaas.Session, mark: str, size: int, step: str) -> flo
             region.write(offset, memoryview(_FILL)[: min(len(_FILL), size - offset)])
         origin = region.donor
         with _backing(mark, size) as files:
-            seconds = _reclaim(session, size, step, size, files, donor=origin)
+            seconds = _reclaim(session, size, step, files, donor=origin)
         last = (size - 1) // len(_FILL) * len(_FILL)
         for offset in (0, last):
             length = min(len(_FILL), size - offset)
@@ -131,13 +133,17 @@ def _serve_first(session: memfaas.Session, start: float) -> float:
 
 
 @contextmanager
-def _operator(donors: int, memory: int, spill: int | None = None) -> Iterator[tuple[str, memfaas.Session]]:
-    """A session that may reclaim, on a cluster whose donors lend so much each, and the mark of its processes."""
+def _operator(donors: int, size: int, *, spill: bool = False) -> Iterator[tuple[str, memfaas.Session]]:
+    """A session that may reclaim, on a cluster whose donors each have room for a lease of this size, and
+    the mark of its processes."""
+    memory = size + size // 16 + _OTHER
     with ExitStack() as stack:
         mark = f"{os.getpid()}-{time.monotonic_ns()}"
         os.environ[_MARK] = mark
         try:
-            cluster = stack.enter_context(memfaas.LocalCluster(donors=donors, memory=memory, spill=spill))
+            cluster = stack.enter_context(
+                memfaas.LocalCluster(donors=donors, memory=memory, spill=memory if spill else None)
+            )
         finally:
             del os.environ[_MARK]
         yield mark, stack.enter_context(memfaas.connect(cluster.address, tenant="operator", timeout=_PATIENCE_S))
@@ -188,49 +194,53 @@ def backed(files: list[int]) -> int:
 
 
 class _Watch:
-    """A thread that notes when the kernel has at most `limit` bytes of some files in pages."""
+    """A thread that notes how many bytes of some files the kernel has in pages, whenever it has changed."""
 
-    def __init__(self, files: list[int], limit: int) -> None:
+    def __init__(self, files: list[int]) -> None:
         self._files = files
-        self._limit = limit
         self._stop = threading.Event()
-        self.reached: float | None = None
+        self._seen = [(time.perf_counter(), backed(files))]
         self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> _Watch:
         self._thread.start()
+        return self
 
-    def _look(self) -> None:
-        while not self._stop.is_set():
-            if backed(self._files) <= self._limit:
-                self.reached = time.perf_counter()
-                return
-            time.sleep(_POLL_S)
-
-    def stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
 
+    def _look(self) -> None:
+        while not self._stop.is_set():
+            self.look()
+            time.sleep(_POLL_S)
 
-def _reclaim(
-    session: memfaas.Session, size: int, step: str, less: int, files: list[int] | None = None, donor: str = _DONOR
-) -> float:
-    """Takes `size` bytes back by this step; seconds until the kernel has `less` bytes of `files` less in pages."""
-    asked = size + _unlent(session, donor) if files is not None else size
-    watch = _Watch(files, backed(files) - less) if files is not None else None
-    start = time.perf_counter()
-    try:
+    def look(self) -> None:
+        now = backed(self._files)
+        if now != self._seen[-1][1]:
+            self._seen.append((time.perf_counter(), now))
+
+    def when_less(self, size: int) -> float | None:
+        """When so many bytes less than at first were left, or nothing at all; None when that was not seen."""
+        limit = max(0, self._seen[0][1] - size)
+        return next((at for at, now in self._seen if now <= limit), None)
+
+
+def _reclaim(session: memfaas.Session, size: int, step: str, files: list[int], donor: str = _DONOR) -> float:
+    """Takes `size` bytes back by this step; seconds until the kernel has all that the donor says it gave."""
+    asked = size + (_unlent(session, donor) if files else 0)
+    with _Watch(files) as watch:
+        start = time.perf_counter()
         reclaimed = session.reclaim(donor, asked, DEADLINE_S, _HOLDER)
         replied = time.perf_counter()
-        if files is not None and backed(files) > 0 and watch is not None and watch.reached is None:
-            time.sleep(10 * _POLL_S)  # the thread may not have looked since
-    finally:
-        if watch is not None:
-            watch.stop()
+    watch.look()
     _check(reclaimed, size, step)
-    if watch is None:
+    if step == ways.UNLENT:
         return replied - start
-    if watch.reached is None:
+    free_at = watch.when_less(sum(part.size for part in reclaimed.steps if part.how != "unlent"))
+    if free_at is None or free_at > replied + _LATE_S:
         raise NotSo("the donor says that the memory is free, but the kernel still has it in pages")
-    return watch.reached - start
+    return free_at - start
 
 
 def _unlent(session: memfaas.Session, donor: str) -> int:

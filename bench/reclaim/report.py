@@ -29,7 +29,9 @@ def show(result: ReclaimResult) -> RenderableType:
             skipped.setdefault(first.skipped, []).append(first.what)
     return Group(
         _heading(result),
-        Text("From the request until the memory is free in the kernel: p50, p99, and GiB/s at p50", style="bold"),
+        Text(
+            "From the request until the memory is free in the kernel: p50, p99, GiB/s at p50, x the limit", style="bold"
+        ),
         _figures(result),
         *(Text(f"skipped {', '.join(ways)}, {why}", style="yellow") for why, ways in skipped.items()),
         Text("From the request, or from the start of the donor, to the first byte served", style="bold"),
@@ -80,7 +82,7 @@ def _cell(result: ReclaimResult, row: Row | None) -> Text:
         limits = [found for way in bar.limits if (found := result.row(way, row.size, row.pages)) is not None]
         figure = ratio(row, limits)
         if figure is not None:
-            text.append(f"\n{figure:.2f} x limit", style="cyan" if figure <= bar.most else "red")
+            text.append(f"\n{figure:.2f}x", style="cyan" if figure <= bar.most else "red")
     return text
 
 

@@ -129,7 +129,7 @@ def measure_reclaim(
     run = Run(chosen, sorted(sizes), available(), random.Random(seed))
     with turns() as choose:
         report(0.0, "touching the memory")
-        _touch(run.most)
+        _touch(min(2 * run.most, max(0, available() - _MARGIN)))
         run.run(rounds, choose, report)
     first = [
         _first(ways.FROM_POOL, lent.first_from_pool, firsts, report),
@@ -162,7 +162,7 @@ def _first(what: str, measure: Callable[[], float], count: int, report: Report) 
 def _touch(size: int) -> None:
     """In a virtual machine, the first use ever of a page costs much more than the next ones."""
     if size:
-        memory = Raw(size, "4 KiB", shared=False)
+        memory = Raw(size // MIB * MIB, "4 KiB", shared=False)
         memory.populate()
         memory.close()
 
