@@ -111,7 +111,14 @@ class Function:
                 await self._obeys.wait()
                 return
             logger.warning("lease %s: no agent for %g s, so it ends", self._served.name, ORPHAN_LIFE_S)
-            await self._served.give_back()
+            await self._end_alone(self._served)
+        self._nursery.cancel_scope.cancel()
+
+    async def _end_alone(self, served: Served) -> None:
+        """There is no agent that would clear up behind us."""
+        self._ended = True
+        await served.give_back()
+        _unlink(served.message.endpoint.unix_path)
         self._nursery.cancel_scope.cancel()
 
     async def serve(self, message: Serve, descriptors: list[int]) -> None:
@@ -158,7 +165,7 @@ class Function:
             sent = await served.send(message.target, message.deadline)
             if self._agent is not asked_by or asked_by is None or asked_by.closed:
                 if sent.outcome == "moved":
-                    await self.stop()
+                    await self._end_alone(served)
                 elif sent.outcome == "in doubt":
                     await self._tell(InDoubt(target=message.target))
             return sent

@@ -264,6 +264,7 @@ class SessionPeer:
 
     async def _ask_donor(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
         known = self._tables.donors
+        await self._broker.wait_settled(lambda: donor in known)
         if donor not in known:
             raise UsageError(f"there is no donor {donor!r}; there are {', '.join(sorted(known)) or 'none'}")
         if not known[donor].connected:
