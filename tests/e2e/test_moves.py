@@ -364,7 +364,7 @@ def kill_node(cluster: LocalCluster, number: int) -> None:
 
 
 @pytest.mark.parametrize("whose", ["source", "target"])
-@pytest.mark.parametrize("least", [1, 100 * MIB])
+@pytest.mark.parametrize("least", [PART, 100 * MIB])
 def test_a_node_that_dies_during_a_move_loses_what_was_there_alone(
     pair: LocalCluster, whose: Literal["source", "target"], least: int
 ) -> None:
