@@ -483,7 +483,9 @@ def test_a_copy_that_broke_off_does_not_count() -> None:
 def test_time_is_up_for_a_receiver_that_takes_a_little_at_a_time() -> None:
     with BareLease("shard", SHARD) as lease:
         lease.store(lease.shm_link()).put_many({b"%d" % i: bytes(1 << 20) for i in range(16)})
-        near, far = socket.socketpair()
+        near, far = tcp_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
         taken = 0
 
         def sip() -> None:
