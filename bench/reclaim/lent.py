@@ -151,7 +151,7 @@ def _operator(donors: int, size: int, *, spill: bool = False) -> Iterator[tuple[
 
 @contextmanager
 def _backing(mark: str, size: int) -> Iterator[list[int]]:
-    """The memory of all leases, once the kernel has backed at least `size` bytes of it by pages.
+    """The memory of all leases, once the kernel has backed all of it by pages: `size` bytes and their index.
 
     It is held open, so that it can be looked at when all others have let go of it.
     """
@@ -161,7 +161,7 @@ def _backing(mark: str, size: int) -> Iterator[list[int]]:
             files = _lent_files(mark)
             for descriptor in files:
                 stack.callback(os.close, descriptor)
-            if backed(files) >= size:
+            if backed(files) >= max(size, sum(os.fstat(descriptor).st_size for descriptor in files)):
                 yield files
                 return
         if time.monotonic() > deadline:
