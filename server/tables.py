@@ -154,7 +154,9 @@ class Tables(Registry):
 
     def release(self, session: bytes, lease: bytes, reason: str = "it was released") -> Outcome:
         """Raises LeaseLost, AccessError."""
-        known = self.locate(self.sessions[session].tenant, lease)
+        known = self.leases.get(lease)
+        if known is None or known.state is not State.MISSING or lease not in self.sessions[session].regions:
+            known = self.locate(self.sessions[session].tenant, lease)
         if known.spec.session != session:
             raise AccessError(f"lease {short(lease)} belongs to a store or to another session")
         return self._end(known, reason)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, rule
 
 from memfaas.errors import LeaseLost, TransportError, UnknownStore
 from memfaas.messages import OnReclaim
-from memfaas.server.records import DONOR_GRACE_S, MOVE_MARGIN_S, REMEMBER_S, Lease, Outcome, State
-from memfaas.server.tables import Tables
+from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, Lease, Outcome, State
 from memfaas.units import MIB
-from tests.server.world import TTL, Copy, DonorModel, World, cost, new_id, restart_ids, store_spec
+from tests.server.test_moves_in_any_order import DONORS, SPILL, MovesMachine
+from tests.server.world import TTL, cost, new_id, store_spec
 
 
 @dataclass
@@ -28,31 +26,14 @@ class SessionModel:
     connected: bool = True
 
 
-DONORS = ("d1", "d2", "d3")
-SPILL = "d3"
-Doing = Callable[[DonorModel, bytes, Copy], bool]
-
-
-class TablesMachine(RuleBasedStateMachine):
+class TablesMachine(MovesMachine):
     """Donors, sessions and the broker come, go, crash and return; the rules hold all the time."""
 
     def __init__(self) -> None:
         super().__init__()
-        restart_ids()
-        self.world = World()
         self.sessions: dict[bytes, SessionModel] = {}
-        self.granting: list[Lease] = []
         self.over: set[bytes] = set()
         """Leases that the present broker has ended."""
-        self.links: set[Copy] = set()
-        """Copies that clients were led to; a link stays for as long as its copy is there."""
-        self.written: dict[bytes, int] = {}
-        """What was last written to a lease; each write writes something new."""
-        self.writes = itertools.count(1)
-
-    @property
-    def tables(self) -> Tables:
-        return self.world.tables
 
     @initialize()
     def begin(self) -> None:
@@ -68,6 +49,9 @@ class TablesMachine(RuleBasedStateMachine):
             if session is not None:
                 session.regions.discard(one.lease)
         self.world.carry_out(outcome)
+
+    def few_leases(self) -> bool:
+        return False  # sessions make their own
 
     def pick(self, data: st.DataObject, condition: Callable[[SessionModel], bool]) -> bytes | None:
         fitting = sorted(one for one, model in self.sessions.items() if condition(model))
@@ -158,11 +142,6 @@ class TablesMachine(RuleBasedStateMachine):
             while at_once and self.granting:
                 self.answer(self.granting.pop(), works=True)
 
-    @precondition(lambda self: self.granting)
-    @rule(data=st.data(), works=st.sampled_from([True, True, True, False]))
-    def donor_answers(self, data: st.DataObject, works: bool) -> None:
-        self.answer(self.granting.pop(data.draw(st.integers(0, len(self.granting) - 1))), works)
-
     def answer(self, lease: Lease, works: bool) -> None:
         spec = lease.spec
         if works and lease.donor in self.tables.donors and self.world.donors[lease.donor].connected:
@@ -213,20 +192,6 @@ class TablesMachine(RuleBasedStateMachine):
 
     # --- donors, the broker, time
 
-    @rule(name=st.sampled_from(DONORS))
-    def connect_donor(self, name: str) -> None:
-        if not self.world.donors[name].connected:
-            self.world.connect(name)
-
-    @rule(name=st.sampled_from(DONORS), dies=st.booleans())
-    def disconnect_donor(self, name: str, dies: bool) -> None:
-        donor = self.world.donors[name]
-        if donor.connected:
-            self.world.disconnect(name)
-            self.granting_fails(lambda lease: lease.donor == name)
-        if dies:
-            donor.die()
-
     def granting_fails(self, condition: Callable[[Lease], bool]) -> None:
         """The broker sees the connection break, and gives up what it had asked for over it."""
         failed = [lease for lease in self.granting if condition(lease)]
@@ -243,155 +208,17 @@ class TablesMachine(RuleBasedStateMachine):
             if self.tables.leases.get(lease.spec.lease) is lease and lease.state is State.GRANTING
         ]
 
-    # --- leases that move
-
-    def copy(self, data: st.DataObject, condition: Doing) -> tuple[DonorModel, bytes, Copy] | None:
-        fitting = [
-            (donor, lease, copy)
-            for donor in self.world.donors.values()
-            for lease, copy in sorted(donor.held.items())
-            if condition(donor, lease, copy)
-        ]
-        return data.draw(st.sampled_from(fitting)) if fitting else None
-
-    @rule(data=st.data())
-    def write(self, data: st.DataObject) -> None:
-        found = self.copy(data, lambda _, __, copy: copy in self.links and copy.served)
-        if found is not None:
-            _, lease, copy = found
-            self.written[lease] = copy.value = next(self.writes)
-
-    @rule(data=st.data(), outcome=st.sampled_from(["ready", "ready", "ready", "refused", "unheard"]))
-    def relocate(self, data: st.DataObject, outcome: str) -> None:
-        def may(donor: DonorModel, lease: bytes, copy: Copy) -> bool:
-            known = self.tables.leases.get(lease)
-            return donor.connected and copy.sending is None and known is not None and known.donor == donor.name
-
-        found = self.copy(data, may)
-        if found is None:
-            return
-        source, lease, copy = found
-        known = self.tables.movable(source.name, lease, copy.spec.epoch)
-        rooms = [room.donor for room in self.tables.rooms_for(known) if room.free >= known.cost]
-        assert source.name not in rooms
-        if not rooms:
-            return
-        target = data.draw(st.sampled_from(rooms))
-        assert not (source.spill and self.world.donors[target].spill)
-        if outcome == "ready":
-            self.world.relocate(source.name, lease, target)
-            return
-        move, spec = self.tables.begin_move(known, target, 5.0)
-        if outcome == "unheard":
-            self.world.donors[target].incoming[lease] = spec
-        self.carry_out(self.tables.move_over(known, move, "it was refused"))
-
-    @rule(data=st.data())
-    def sending_fails(self, data: st.DataObject) -> None:
-        found = self.copy(data, lambda _, __, copy: copy.sending is not None and copy.served)
-        if found is not None:
-            self.world.fails_to_send(found[0].name, found[1])
-
-    @rule(data=st.data(), arrives=st.sampled_from([True, True, False]))
-    def all_is_sent(self, data: st.DataObject, arrives: bool) -> None:
-        found = self.copy(data, lambda _, __, copy: copy.sending is not None and copy.served)
-        if found is not None:
-            self.world.sends_all(found[0].name, found[1], arrives=arrives)
-
-    @rule(data=st.data())
-    def source_hears_that_it_moved(self, data: st.DataObject) -> None:
-        def may(_: DonorModel, lease: bytes, copy: Copy) -> bool:
-            if copy.sending is None or not copy.sending.in_doubt or copy.sending.asked:
-                return False
-            there = self.world.donors[copy.sending.donor].held.get(lease)
-            return there is not None and there.spec.epoch == copy.sending.epoch
-
-        found = self.copy(data, may)
-        if found is not None:
-            self.world.hears_that_it_moved(found[0].name, found[1])
-
-    @rule(name=st.sampled_from(DONORS))
-    def target_says_arrived(self, name: str) -> None:
-        if self.world.donors[name].unsaid:
-            self.world.says_arrived(name)
-
-    @rule(name=st.sampled_from(DONORS))
-    def target_gives_up_waiting(self, name: str) -> None:
-        for lease in sorted(self.world.donors[name].incoming)[:1]:
-            self.world.gives_up_waiting(name, lease)
-
-    @rule(data=st.data(), heard=st.booleans())
-    def settle(self, data: st.DataObject, heard: bool) -> None:
-        found = self.copy(data, lambda donor, _, copy: donor.connected and not copy.served)
-        if found is not None:
-            try:
-                self.world.settles(found[0].name, found[1], heard=heard)
-            except TransportError:
-                assert (
-                    copy_target(found[2]) not in self.tables.donors
-                    or not self.tables.donors[copy_target(found[2])].connected
-                )
-
-    @rule(data=st.data())
-    def evict(self, data: st.DataObject) -> None:
-        """A function is given up, or its memory is needed at once."""
-        found = self.copy(data, lambda donor, _, __: donor.connected)
-        if found is not None:
-            donor, lease, copy = found
-            del donor.held[lease]
-            drops = copy.spec.store is not None and copy.spec.store.on_reclaim == "drop"
-            self.world.say_gone(donor.name, lease, "its memory was needed", dropped=7 if drops else None)
-
-    @rule(data=st.data(), at_once=st.booleans())
-    def regrant(self, data: st.DataObject, at_once: bool) -> None:
-        dropped = [lease for lease in self.tables.leases.values() if lease.state is State.DROPPED]
-        if not dropped:
-            return
-        lease = data.draw(st.sampled_from(dropped))
-        rooms = [room.donor for room in self.tables.rooms_for(lease) if room.free >= lease.cost]
-        if rooms:
-            self.tables.begin_again(lease, data.draw(st.sampled_from(rooms)))
-            self.written[lease.spec.lease] = 0
-            self.granting.append(lease)
-            while at_once and self.granting:
-                self.answer(self.granting.pop(), works=True)
-
     # --- the broker, time
 
-    @rule()
-    def restart_broker(self) -> None:
-        self.forget_what_is_out_of_date()
-        self.world.restart()
-        self.granting.clear()
+    def open_sessions_again(self) -> None:
         self.over.clear()
         for model in self.sessions.values():
             model.connected = False
 
-    def forget_what_is_out_of_date(self) -> None:
-        """The one thing that is not promised: a copy that was overtaken while its donor was cut off, and
-        that comes back to a broker which has restarted since, before the newer one does."""
-        for donor in self.world.donors.values():
-            for lease, copy in list(donor.held.items()):
-                newest = max(self.effective(lease, other) for other in self.world.donors.values())
-                if copy.value != self.written[lease] or self.effective(lease, donor) < newest:
-                    donor.free(lease)
-
-    def effective(self, lease: bytes, donor: DonorModel) -> int:
-        """The epoch of a donor's copy; of one that has not yet heard of its new one, the new one."""
-        copy = donor.held.get(lease)
-        if copy is None:
-            return 0
-        known = self.tables.leases.get(lease)
-        mine = known is not None and known.donor == donor.name and known.state in (State.HELD, State.LOST)
-        return max(copy.spec.epoch, known.spec.epoch if known is not None and mine else 0)
-
     @rule(seconds=st.sampled_from([0.5, 10.0, TTL, DONOR_GRACE_S, REMEMBER_S]))
     def pass_time(self, seconds: float) -> None:
         self.world.now += seconds
-        if seconds > 5:  # which is what donors wait
-            for name, donor in self.world.donors.items():
-                for lease in list(donor.incoming):
-                    self.world.gives_up_waiting(name, lease)
+        self.waiting_ends(seconds)
         self.granting_fails(lambda lease: seconds >= TTL)  # grants have a deadline
         self.carry_out(self.tables.expire())
         assert self.tables.next_deadline() > self.world.now
@@ -455,62 +282,10 @@ class TablesMachine(RuleBasedStateMachine):
     def what_is_over_stays_over(self) -> None:
         assert self.over.isdisjoint(self.tables.leases)
 
-    @invariant()
-    def clients_find_leases_and_read_what_was_last_written(self) -> None:
-        for lease in self.tables.leases.values():
-            if lease.state is State.HELD:
-                copy = self.world.donors[lease.donor].held.get(lease.spec.lease)
-                if copy is not None and copy.spec.epoch == lease.spec.epoch:
-                    self.links.add(copy)
-        for donor in self.world.donors.values():
-            for identity, copy in donor.held.items():
-                if copy in self.links and copy.served:
-                    assert copy.value == self.written[identity]
-
-    @invariant()
-    def no_two_donors_hold_the_newest(self) -> None:
-        for identity in {lease for donor in self.world.donors.values() for lease in donor.held}:
-            epochs = sorted(self.effective(identity, donor) for donor in self.world.donors.values())
-            assert epochs[-1] > epochs[-2]
-
-    @invariant()
-    def a_connected_donor_holds_what_the_broker_thinks(self) -> None:
-        for name, model in self.world.donors.items():
-            if not model.connected:
-                continue
-            known = self.tables.donors[name]
-            for identity in known.leases:
-                lease = self.tables.leases[identity]
-                if lease.state is State.HELD:
-                    copy = model.held[identity]
-                    assert copy.spec.epoch == lease.spec.epoch or (
-                        copy.spec.epoch < lease.spec.epoch and not copy.served
-                    )
-            for identity in model.held.keys() - known.leases:
-                assert identity in model.unsaid or identity in known.over
-
-    @invariant()
-    def what_is_on_its_way_is_counted_once(self) -> None:
-        tables = self.tables
-        for name, donor in tables.donors.items():
-            for identity in donor.arriving:
-                move = tables.leases[identity].moving
-                assert move is not None
-                assert move.donor == name
-            assert donor.left <= donor.over.keys()
-        for identity, lease in tables.leases.items():
-            if lease.moving is not None:
-                assert lease.moving.donor != lease.donor
-                assert lease.moving.until < math.inf
-                target = tables.donors.get(lease.moving.donor)
-                assert target is None or identity in target.arriving
-
     def teardown(self) -> None:
         """When everybody is back, and then the sessions leave, all memory is free again."""
         self.granting_fails(lambda lease: True)
-        for name, donor in self.world.donors.items():
-            if not donor.connected:
-                self.world.connect(name)
+        self.connect_all()
         self.let_all_moves_end()
         for session in list(self.tables.sessions):
             self.tables.disconnect_session(session)
@@ -526,31 +301,6 @@ class TablesMachine(RuleBasedStateMachine):
             assert donor.held == {}
         for room in self.tables.rooms():
             assert room.free == self.world.donors[room.donor].offered
-
-    def let_all_moves_end(self) -> None:
-        for name, donor in self.world.donors.items():
-            while donor.unsaid:
-                self.world.says_arrived(name)
-            for identity in list(donor.incoming):
-                self.world.gives_up_waiting(name, identity)
-        for name, donor in self.world.donors.items():
-            for identity, copy in list(donor.held.items()):
-                if not copy.served:
-                    self.world.settles(name, identity)
-        self.world.now += MOVE_MARGIN_S + 5.0
-        self.carry_out(self.tables.expire())
-        holders = Counter(lease for donor in self.world.donors.values() for lease in donor.held)
-        assert all(count == 1 for count in holders.values())
-        for identity, lease in self.tables.leases.items():
-            assert lease.moving is None
-            assert (lease.state is State.HELD) == (identity in holders)
-            assert lease.state in (State.HELD, State.LOST, State.DROPPED, State.MISSING)
-        self.clients_find_leases_and_read_what_was_last_written()
-
-
-def copy_target(copy: Copy) -> str:
-    assert copy.sending is not None
-    return copy.sending.donor
 
 
 TestTablesInAnyOrder = TablesMachine.TestCase
