@@ -70,21 +70,30 @@ class Client:
         self.channel = channel
         self.session = session
         self.gone: list[messages.LeaseGone] = []
+        self.moved: list[messages.Place] = []
 
     async def on_request(self, message: Message) -> Message:
         raise AssertionError(f"the broker asked {message}")
 
     def on_notice(self, message: Message) -> None:
-        assert isinstance(message, messages.LeaseGone)
-        self.gone.append(message)
+        if isinstance(message, messages.LeaseMoved):
+            self.moved.append(message.place)
+        else:
+            assert isinstance(message, messages.LeaseGone)
+            self.gone.append(message)
 
     async def ask(self, message: Message, reply: type[R]) -> R:
         return await self.channel.request(message, reply, LIMIT_S)
 
     async def open_store(
-        self, name: str = "s", size: int | None = 8 * MIB, persistent: bool = False
+        self,
+        name: str = "s",
+        size: int | None = 8 * MIB,
+        persistent: bool = False,
+        on_reclaim: messages.OnReclaim = "migrate",
     ) -> messages.StoreOpened:
-        return await self.ask(messages.OpenStore(name=name, size=size, persistent=persistent), messages.StoreOpened)
+        request = messages.OpenStore(name=name, size=size, persistent=persistent, on_reclaim=on_reclaim)
+        return await self.ask(request, messages.StoreOpened)
 
     async def open_region(self, size: int = MIB) -> messages.Place:
         return (await self.ask(messages.OpenRegion(size=size), messages.RegionGranted)).place
@@ -120,12 +129,17 @@ async def client(
 class FakeDonor:
     """Speaks like a donor, and holds leases without any memory. Reconnects like one."""
 
-    def __init__(self, name: str, offered: int = 256 * MIB) -> None:
+    def __init__(self, name: str, offered: int = 256 * MIB, *, spill: bool = False) -> None:
         self.name = name
         self.offered = offered
+        self.spill = spill
+        self.incoming: dict[bytes, HeldLease] = {}
+        self.asked: list[Message] = []
+        """What it was asked that is not about one lease that begins or ends."""
         self.held: dict[bytes, HeldLease] = {}
         self.freed: list[bytes] = []
         self.before_grant: Callable[[messages.Grant], Awaitable[None]] | None = None
+        self.before_receive: Callable[[messages.Receive], Awaitable[None]] | None = None
         self.channel: rpc.Channel | None = None
         self._scope = trio.CancelScope()
 
@@ -167,6 +181,7 @@ class FakeDonor:
                     host="127.0.0.1",
                     memory=self.memory(),
                     held=list(self.held.values()),
+                    spill=self.spill,
                 ),
                 messages.Registered,
                 LIMIT_S,
@@ -178,21 +193,50 @@ class FakeDonor:
             await trio.sleep(math.inf)
 
     def free(self, lease: bytes) -> None:
-        if self.held.pop(lease, None) is not None:
+        if self.held.pop(lease, None) is not None or self.incoming.pop(lease, None) is not None:
             self.freed.append(lease)
 
     async def on_request(self, message: Message) -> Message:
-        if isinstance(message, messages.Grant):
-            if self.before_grant is not None:
-                await self.before_grant(message)
-            if message.spec.size > self.memory().available - MIB:
-                raise CapacityError("it would cut into the headroom")
-            endpoint = Endpoint(node="node-" + self.name, unix_path=f"/{self.name}", host="127.0.0.1", port=7)
-            self.held[message.spec.lease] = HeldLease(spec=message.spec, endpoint=endpoint)
-            return messages.Granted(endpoint=endpoint, memory=self.memory())
+        match message:
+            case messages.Grant():
+                if self.before_grant is not None:
+                    await self.before_grant(message)
+                return self.make(message.spec, self.held)
+            case messages.Receive():
+                if self.before_receive is not None:
+                    await self.before_receive(message)
+                return self.make(message.spec, self.incoming)
+            case messages.Reclaim():
+                self.asked.append(message)
+                return messages.Reclaimed(
+                    donor=self.name, asked=message.size, freed=message.size, seconds=0.01, in_time=True, steps=[]
+                )
+            case messages.Lend() | messages.MoveAway():
+                self.asked.append(message)
+                return messages.Done()
         assert isinstance(message, messages.Free)
         self.free(message.lease)
         return messages.Freed(memory=self.memory())
+
+    def make(self, spec: messages.LeaseSpec, where: dict[bytes, HeldLease]) -> messages.Granted:
+        if spec.size > self.memory().available - MIB:
+            raise CapacityError("it would cut into the headroom")
+        endpoint = Endpoint(node="node-" + self.name, unix_path=f"/{self.name}", host="127.0.0.1", port=7)
+        where[spec.lease] = HeldLease(spec=spec, endpoint=endpoint)
+        return messages.Granted(endpoint=endpoint, memory=self.memory())
+
+    async def ask(self, message: Message, reply: type[R]) -> R:
+        assert self.channel is not None
+        return await self.channel.request(message, reply, LIMIT_S)
+
+    async def say(self, message: Message) -> None:
+        assert self.channel is not None
+        await self.channel.notify(message)
+
+    async def arrives(self, lease: bytes) -> None:
+        """All of a lease has come."""
+        self.held[lease] = self.incoming.pop(lease)
+        await self.say(messages.Arrived(held=self.held[lease]))
 
     def on_notice(self, message: Message) -> None:
         raise AssertionError(f"the broker said {message}")
