@@ -90,6 +90,8 @@ class Store:
     sessions: set[bytes] = field(default_factory=set)
     until: float = math.inf
     """When a store that no session claims is freed."""
+    kept_until: float = -math.inf
+    """Until then sessions that used it before the broker's restart may still come back."""
     dropped: int = 0
     """Keys that went with its DROPPED shards."""
 

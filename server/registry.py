@@ -170,7 +170,7 @@ class Registry(Moves):
             # Another was made under its name while its donors were away. Nothing is thrown away for that.
             name = f"{name}~{short(of.store)}"
         of = msgspec.structs.replace(of, name=name)
-        store = Store(of, [], until=now + self.ttl)
+        store = Store(of, [], until=now + self.ttl, kept_until=now + self.ttl)
         self.stores[of.store] = store
         self.names[of.tenant, name] = of.store
         for shard in range(of.shards):

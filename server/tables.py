@@ -130,6 +130,9 @@ class Tables(Registry):
         store.sessions.discard(session.session)
         if store.sessions or store.spec.persistent:
             return Outcome()
+        if self._clock() < store.kept_until:
+            store.until = store.kept_until
+            return Outcome()
         return self._end_store(store, reason)
 
     def delete_store(self, tenant: str, name: str) -> Outcome:

@@ -279,7 +279,7 @@ async def test_a_restarted_broker_learns_everything_back(nursery: trio.Nursery) 
         region = await ann.open_region()
     held = {lease for donor in donors for lease in donor.held}
     served.kill()
-    served = await serve_broker(nursery, port=served.port)
+    served = await serve_broker(nursery, port=served.port, ttl=1.0)
     async with client(served.port, session=session, stores=[store.spec.store], leases=[region.lease]) as ann:
         # At once, before the donors are back: these wait for them.
         found = await ann.open_store(size=32 * MIB)
@@ -290,7 +290,7 @@ async def test_a_restarted_broker_learns_everything_back(nursery: trio.Nursery) 
         assert (await ann.ask(messages.Renew(fabrics={}), messages.Renewed)).gone == []
         assert {lease for donor in donors for lease in donor.held} == held
         await ann.ask(messages.CloseSession(), messages.Done)
-        assert all(donor.held == {} for donor in donors)
+    await eventually(lambda: all(donor.held == {} for donor in donors))  # others may have used the store
 
 
 async def test_a_request_for_room_waits_for_a_donor_that_is_coming_back(nursery: trio.Nursery) -> None:

@@ -144,6 +144,36 @@ def test_after_a_restart_what_no_session_claims_is_freed_after_one_ttl(world: Wo
     assert set(donor.held) == {shard_lease(kept.store, 0)}
 
 
+def test_after_a_restart_a_store_waits_for_the_others_that_use_it(world: World) -> None:
+    donor = world.donor("d")
+    early, late = world.session(), world.session()
+    spec = world.store(early, ["d"])
+    world.tables.use_store(late, spec.store)
+    world.restart()
+    world.connect("d")
+    world.tables.open_session(early, "t", [spec.store], [])
+    world.carry_out(world.tables.close_session(early))  # before the other is back
+    world.pass_time(TTL - 1)
+    world.tables.open_session(late, "t", [spec.store], [])
+    world.pass_time(TTL - 1)
+    assert set(donor.held) == {shard_lease(spec.store, 0)}
+    world.carry_out(world.tables.close_session(late))
+    assert donor.held == {}
+
+
+def test_after_a_restart_a_store_that_its_last_session_leaves_is_freed_after_one_ttl(world: World) -> None:
+    donor = world.donor("d")
+    session = world.session()
+    spec = world.store(session, ["d"])
+    world.restart()
+    world.connect("d")
+    world.tables.open_session(session, "t", [spec.store], [])
+    world.carry_out(world.tables.close_store(session, spec.store))
+    assert donor.held
+    world.pass_time(TTL)
+    assert donor.held == {}
+
+
 def test_a_claim_that_no_donor_shows_is_reported_gone(world: World) -> None:
     world.donor("d")
     session = world.session()
