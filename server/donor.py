@@ -241,20 +241,19 @@ class Agent:
 
     async def _grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
         """Makes memory for a lease, and has it served; `incoming`: once another donor has sent it, in that time."""
-        if self._stopping:
-            raise TransportError(f"donor {self._name} is stopping")
-        if spec.lease in self._custodies:
-            raise UsageError(f"lease {spec.lease.hex()[:8]} is held already")
-        try:
-            memory.check_room(self._memory(), lease_bytes(spec.kind, spec.size), f"donor {self._name}: the {spec.kind}")
-        except CapacityError:
-            await self._report()  # the broker believed that there was room
-            raise
+        await self._check(spec)
         path = self._home.unix_path(spec.lease)
         # In a thread: to allocate a large file takes a while.
         descriptors, port = await trio.to_thread.run_sync(
             make_descriptors, spec, path, self._host, self._settings.backing
         )
+        try:
+            await self._check(spec)  # a reclaim, or another lease, may have taken the room meanwhile
+        except MemfaasError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
         endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port)
         custody = self._custody(spec, endpoint, descriptors, incoming)
         try:
@@ -265,6 +264,18 @@ class Agent:
         logger.info("lease %s of %s: granted, %s %s", custody.name, spec.tenant, spec.kind, format_size(spec.size))
         self._answer_gave_memory()
         return Granted(endpoint=endpoint, memory=self._memory())
+
+    async def _check(self, spec: LeaseSpec) -> None:
+        """Whether a lease may be granted now: then this returns without having waited. Raises MemfaasError."""
+        if self._stopping:
+            raise TransportError(f"donor {self._name} is stopping")
+        if spec.lease in self._custodies:
+            raise UsageError(f"lease {spec.lease.hex()[:8]} is held already")
+        try:
+            memory.check_room(self._memory(), lease_bytes(spec.kind, spec.size), f"donor {self._name}: the {spec.kind}")
+        except CapacityError:
+            await self._report()  # the broker believed that there was room
+            raise
 
     async def _free(self, lease: bytes, reason: str) -> Freed:
         custody = self._custodies.get(lease)
