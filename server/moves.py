@@ -20,6 +20,10 @@ from memfaas.messages import LeaseSpec, Memory, Settled
 from memfaas.server.book import Book
 from memfaas.server.records import DONOR_GRACE_S, MOVE_MARGIN_S, NOWHERE, Lease, Move, Outcome, State, ToTell, short
 
+_FORGOTTEN = 1000
+"""An earlier life of the broker may have given so many epochs to copies that nobody asks about any more,
+because the lease that they are of was dropped. One of them may still come back."""
+
 
 class Moves(Book):
     """See `memfaas.server.tables`, of which this is a part."""
@@ -136,6 +140,7 @@ class Moves(Book):
 
     def begin_again(self, lease: Lease, donor: str) -> None:
         """Reserves room for a shard that was dropped; it must then be granted."""
+        lease.issued = max(lease.issued, lease.spec.epoch) + _FORGOTTEN
         lease.spec = msgspec.structs.replace(lease.spec, epoch=self._next_epoch(lease))
         lease.state = State.GRANTING
         self._put(lease, self.donors[donor])

@@ -284,7 +284,8 @@ async def test_a_dropped_shard_is_granted_anew_when_it_is_wanted(served: Served,
         async with trio.open_nursery() as finding:
             for _ in range(3):
                 finding.start_soon(find)
-        assert {(place.donor, place.epoch) for place in places} == {("other", 2)}
+        assert {place.donor for place in places} == {"other"}
+        assert all(place.epoch > 1 for place in places)
         assert list(other.held) == [shard.lease]
 
 
@@ -297,8 +298,8 @@ async def test_opening_a_store_grants_its_dropped_shards_anew(served: Served, nu
         await donor.say(messages.LeaseGone(lease=shard.lease, reason="its memory was needed", dropped=1))
         await eventually(lambda: len(ann.gone) == 1)
         (again,) = (await ann.open_store(size=None)).places
-        assert (again.donor, again.epoch) == ("d", 2)
-        assert donor.held[shard.lease].spec.epoch == 2
+        assert again.donor == "d"
+        assert donor.held[shard.lease].spec.epoch == again.epoch > shard.epoch
 
 
 # --- reclaims by way of the broker --------------------------------------------------------------------------
