@@ -144,7 +144,10 @@ class TablesMachine(MovesMachine):
 
     def answer(self, lease: Lease, works: bool) -> None:
         spec = lease.spec
-        if works and lease.donor in self.tables.donors and self.world.donors[lease.donor].connected:
+        donor = self.world.donors[lease.donor]
+        if self.tables.leases.get(spec.lease) is not lease and donor.leased() + lease.cost > donor.offered:
+            return  # it ended meanwhile, its room went to another, and so the donor refuses it
+        if works and lease.donor in self.tables.donors and donor.connected:
             self.written.setdefault(spec.lease, 0)
             if self.world.grant(lease) and spec.store is None and spec.session in self.sessions:
                 self.sessions[spec.session].regions.add(spec.lease)
@@ -215,12 +218,22 @@ class TablesMachine(MovesMachine):
         for model in self.sessions.values():
             model.connected = False
 
+    def something_moves(self) -> bool:
+        donors = self.world.donors.values()
+        return any(
+            donor.unsaid or donor.incoming or not all(copy.served for copy in donor.held.values()) for donor in donors
+        )
+
     @rule(seconds=st.sampled_from([0.5, 10.0, TTL, DONOR_GRACE_S, REMEMBER_S]))
     def pass_time(self, seconds: float) -> None:
+        if seconds >= REMEMBER_S and self.something_moves():
+            seconds = DONOR_GRACE_S  # no donor is in doubt for a whole day
         self.world.now += seconds
         self.waiting_ends(seconds)
         self.granting_fails(lambda lease: seconds >= TTL)  # grants have a deadline
         self.carry_out(self.tables.expire())
+        if seconds >= DONOR_GRACE_S:  # of donors that it has never seen, a broker remembers nothing for longer
+            self.over &= {lease for donor in self.tables.donors.values() for lease in donor.over}
         assert self.tables.next_deadline() > self.world.now
         for session in [one for one in self.sessions if one not in self.tables.sessions]:
             if seconds >= TTL:
