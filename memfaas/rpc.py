@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import socket
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgpack
@@ -280,6 +282,39 @@ def _outcome(kind: int, body: bytes) -> Message | MemfaasError:
     if isinstance(message, messages.Refused):
         return from_code(message.code, message.text)
     raise ProtocolError("an error reply without an error")
+
+
+class _Asker:
+    """The side of a channel that is asked nothing."""
+
+    async def on_request(self, message: Message) -> Message:
+        raise ProtocolError(f"this program answers no {type(message).__name__}")
+
+    def on_notice(self, message: Message) -> None:
+        pass
+
+
+@asynccontextmanager
+async def asking(stream: trio.abc.Stream, peer: str) -> AsyncIterator[Channel]:
+    """A channel over which this side only asks."""
+    channel = Channel(stream, _Asker(), peer)
+    failure: Exception | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            try:
+                await channel.run()
+            except ProtocolError:
+                pass  # whoever asks is told that the connection broke
+
+        nursery.start_soon(run)
+        try:
+            yield channel
+        except Exception as error:  # as it is, not in the nursery's group
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def dial(host: str, port: int, role: str, credentials: auth.Credentials) -> trio.SocketStream:

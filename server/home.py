@@ -12,6 +12,7 @@ from pathlib import Path
 
 from memfaas.errors import UsageError
 from memfaas.fabric import boot_id
+from memfaas.local_agent import SOCKET
 
 _LOCK = "lock"
 _RESERVED = "reserved.json"
@@ -63,7 +64,7 @@ class Home:
     @property
     def desk_path(self) -> Path:
         """Where programs of this node ask the agent."""
-        return self.folder / "agent.sock"
+        return self.folder / SOCKET
 
     def reserved(self) -> dict[str, int]:
         """What an earlier agent of this donor had set aside, by holder; nothing after the node was started anew."""

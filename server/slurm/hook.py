@@ -23,6 +23,7 @@ import trio
 from memfaas import auth
 from memfaas.addresses import Address, parse_address
 from memfaas.errors import MemfaasError
+from memfaas.local_agent import SOCKET
 from memfaas.server.slurm import jobs, keys, reclaim
 
 _SYSLOG = Path("/dev/log")
@@ -96,7 +97,7 @@ async def _run(options: argparse.Namespace) -> None:
 
 async def _on_node(options: argparse.Namespace, job: str) -> None:
     node = os.environ.get("SLURMD_NODENAME", "")
-    socket = options.runtime_dir / node / "agent.sock"
+    socket = options.runtime_dir / node / SOCKET
     if not socket.exists():
         return  # this node lends nothing
     if options.which == "prolog":

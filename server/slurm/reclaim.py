@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from memfaas import auth
+from memfaas import auth, local_agent
 from memfaas.addresses import Address
 from memfaas.errors import MemfaasError, UsageError
 from memfaas.messages import Done, Lend, Message, Reclaim, Reclaimed
@@ -56,7 +56,7 @@ async def on_controller(address: Address, credentials: auth.Credentials, job: st
 
 async def on_node(socket: Path, node: str, job: str, deadline_s: float) -> None:
     """Prolog: the node's own donor does so now, if the broker has not told it. Raises MemfaasError."""
-    async with ask.agent(socket) as channel:
+    async with local_agent.connected(socket) as channel:
         known = await channel.request(_needs(node, 0, deadline_s, job), Reclaimed, deadline_s + _GRACE_S)
         if known.held:
             logger.info("job %s: %s has set %s aside for it", job, node, format_size(known.held))
@@ -82,7 +82,7 @@ async def lend_on_controller(address: Address, credentials: auth.Credentials, jo
 
 async def lend_on_node(socket: Path, node: str, job: str) -> None:
     """Epilog: the node's own donor does so, whatever became of the broker. Raises MemfaasError."""
-    async with ask.agent(socket) as channel:
+    async with local_agent.connected(socket) as channel:
         await channel.request(_ended(node, job), Done, _LEND_S)
 
 
