@@ -497,6 +497,9 @@ class _DeskPeer:
     async def on_request(self, message: Message) -> Message:
         match message:
             case Reclaim():
+                # Whoever asked may have given up while this process stood still, and its `Lend` be done: then
+                # the connection has ended, and this is cancelled here.
+                await trio.lowlevel.checkpoint()
                 return await self._agent.reclaim(message)
             case Lend():
                 return await self._agent.lend(message)

@@ -239,15 +239,15 @@ def test_an_interrupted_request_for_memory_holds_none_that_nobody_knows(session:
     main = threading.main_thread().ident
     assert main is not None
 
-    def lease_for_ever() -> None:
+    def lease_for_ever(timer: threading.Timer) -> None:
+        timer.start()  # from now on it may come
         while True:
             session.lease("1MiB")
 
     for delay in (0.001, 0.003, 0.006, 0.01, 0.015):
         timer = threading.Timer(delay, signal.pthread_kill, (main, signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):  # which may come as soon as the timer has started
-            timer.start()
-            lease_for_ever()
+        with pytest.raises(KeyboardInterrupt):
+            lease_for_ever(timer)
         timer.join()
     until(lambda: {lease.lease for lease in session.status().leases} == set(session._regions))
     for region in list(session._regions.values()):
