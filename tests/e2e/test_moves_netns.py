@@ -158,18 +158,11 @@ def test_a_slow_link_only_takes_its_time(cable: tuple[Node, Node], folder: Path,
         until(lambda: spread.functions() == [])
 
 
-@pytest.mark.parametrize("by", ["netem", "tun"])
-def test_a_link_that_loses_packets_loses_no_byte(
-    nodes: tuple[Node, Node], folder: Path, tmp_path: Path, by: str
-) -> None:
+def test_a_link_that_loses_packets_loses_no_byte(nodes: tuple[Node, Node], folder: Path, tmp_path: Path) -> None:
     near, far = nodes
     size, count = 16 * MIB, 20
     with ExitStack() as stack:
-        if by == "tun":
-            wire = stack.enter_context(Wire(near, far, delay_s=0.002, loss=0.005))
-        else:
-            join_by_cable(near, far)
-            shape(near, "netem", "delay", "5ms", "loss", "1%")
+        wire = stack.enter_context(Wire(near, far, delay_s=0.002, loss=0.005))
         spread, _ = stack.enter_context(scene(near, far, folder, size))
         user = stack.enter_context(memfaas.connect(spread.address, fabric="tcp", timeout=30))
         store = user.store("s")
@@ -182,7 +175,7 @@ def test_a_link_that_loses_packets_loses_no_byte(
         crew.goes_on()
         crew.finish()
         assert kept.missing(store) == []
-        assert by != "tun" or wire.lost > 10
+        assert wire.lost > 10
         user.delete_store("s")
         until(lambda: spread.functions() == [])
 
