@@ -339,7 +339,8 @@ class Broker:
             except MemfaasError as error:
                 logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], donor, error)
                 failures.append(error)
-                if not isinstance(error, CapacityError):  # then its next report says what it has
+                ended = self.tables.leases.get(lease.spec.lease) is not lease  # which is not the donor's fault
+                if not ended and not isinstance(error, CapacityError):  # then its next report says what it has
                     excluded.add(donor)
                 return
             if not self.tables.granted(donor, lease.spec.lease, granted.endpoint, granted.memory):

@@ -205,6 +205,11 @@ class Tables(Registry):
             deadline = min(deadline, lease.until, math.inf if lease.moving is None else lease.moving.until)
         return deadline
 
+    def _is_waiting(self, session: Session) -> bool:
+        """Whether the session waits for us to grant what it asked for; that must not end under its hands."""
+        leases = [lease for store in session.stores for lease in self.stores[store].leases]
+        return any(self.leases[lease].state is State.GRANTING for lease in [*leases, *session.regions])
+
     def expire(self) -> Outcome:
         """Ends all whose time is over."""
         now = self._clock()
@@ -213,7 +218,9 @@ class Tables(Registry):
             self._ended.clear()
         for session in [s for s in self.sessions.values() if s.expires <= now]:
             reason = f"its session was not renewed for {self.ttl:g} s"
-            if session.connected:  # it hears of it, and may go on with what it asks for from now on
+            if session.connected and self._is_waiting(session):
+                session.expires = now + self.ttl
+            elif session.connected:  # it hears of it, and may go on with what it asks for from now on
                 for identity in session.stores:
                     for lease_of in self.stores[identity].leases:
                         session.gone.append(lease_of)

@@ -100,6 +100,46 @@ async def test_renewals_keep_the_leases(short_waits: None, nursery: trio.Nursery
         assert donor.held == {}
 
 
+async def test_a_session_that_waits_for_a_slow_grant_does_not_expire_meanwhile(
+    short_waits: None, nursery: trio.Nursery
+) -> None:
+    served = await serve_broker(nursery, ttl=0.1)
+    donor = FakeDonor("d")
+
+    async def slowly(_: messages.Grant) -> None:
+        await trio.sleep(0.5)
+
+    donor.before_grant = slowly
+    await start_donors(nursery, served, donor)
+    async with client(served.port) as ann:
+        opened = await ann.open_store()
+        assert opened.created
+        assert set(donor.held) == {place.lease for place in opened.places}
+        region = await ann.open_region()
+        assert region.lease in donor.held
+        assert (donor.freed, ann.gone) == ([], [])
+
+
+async def test_a_store_that_is_deleted_during_its_grant_is_made_again_on_the_same_donor(
+    served: Served, nursery: trio.Nursery
+) -> None:
+    donor = FakeDonor("d")
+    deleted = trio.Event()
+
+    async def delete(_: messages.Grant) -> None:
+        donor.before_grant = None
+        served.broker.in_background(served.broker.tables.delete_store("ann", "s"))
+        deleted.set()
+        raise LeaseLost("it is over")
+
+    donor.before_grant = delete
+    await start_donors(nursery, served, donor)
+    async with client(served.port) as ann:
+        opened = await ann.open_store()
+        assert deleted.is_set()
+        assert set(donor.held) == {place.lease for place in opened.places}
+
+
 async def test_two_sessions_that_create_one_store_get_the_same(served: Served, nursery: trio.Nursery) -> None:
     donor = FakeDonor("d")
     asked = trio.Event()
