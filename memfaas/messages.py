@@ -303,6 +303,9 @@ class LeaseGone(Message, frozen=True, kw_only=True):
     """Keys that went with it, when that is what its store asked for (`on_reclaim="drop"`)."""
     moved_to: str = ""
     """Donor that has all of it now; this one told it so, or heard so from the broker."""
+    spec: LeaseSpec | None = None
+    """What it was, when it was served here to the end, so that it can be nowhere else: also a broker that does not
+    know it then knows that it is over. None when it was only to come here, or when this was an older copy."""
 
 
 class LeaseMoved(Message, frozen=True, kw_only=True):

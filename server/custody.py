@@ -19,6 +19,7 @@ from memfaas.messages import (
     FunctionReport,
     HeldLease,
     InDoubt,
+    LeaseGone,
     LeaseSpec,
     Message,
     Punch,
@@ -81,8 +82,8 @@ class Custody:
     """One lease in the agent's hands: a `Holding`.
 
     `on_change` is called when its function reports something; `on_arrived` when a lease that another donor
-    sends is here; `on_doubt` when nobody knows whether it was sent away; `on_evicted` (with the keys that were
-    dropped) when its memory is gone, for the one called to say so and to clear up; `on_lost` when it can no longer
+    sends is here; `on_doubt` when nobody knows whether it was sent away; `on_evicted` when its memory is gone, for
+    the one called to tell the broker and to clear up; `on_lost` when it can no longer
     be served, and then the one called ends it. `mover` moves it.
     """
 
@@ -99,7 +100,7 @@ class Custody:
         on_change: Callable[[], None],
         on_arrived: Callable[[Custody], None],
         on_doubt: Callable[[Custody, Target], None],
-        on_evicted: Callable[[Custody, str, int], None],
+        on_evicted: Callable[[Custody, LeaseGone], None],
         on_lost: Callable[[Custody, str], None],
         mover: Callable[[Custody, float], Awaitable[Moved]],
     ) -> None:
@@ -329,6 +330,11 @@ class Custody:
 
     # --- ending it ------------------------------------------------------------------------------
 
+    def gone(self, reason: str) -> LeaseGone:
+        """What to tell the broker when it ends now."""
+        certain = self.state != "moving" and self._state_of_memory() == "serving"
+        return LeaseGone(lease=self._spec.lease, reason=reason, spec=self._spec if certain else None)
+
     async def end(self, reason: str) -> None:
         """Gives the memory back and removes the sockets. Never raises MemfaasError."""
         self.state = "ending"
@@ -356,7 +362,14 @@ class Custody:
             if arriving and before == "serving":  # it had come just now, and was nowhere else any more
                 self._on_arrived(self)
         logger.info("lease %s: evicted: %s", self.name, reason)
-        self._on_evicted(self, reason, keys)
+        notice = LeaseGone(
+            lease=self._spec.lease,
+            reason=reason,
+            dropped=keys if may_drop(self._spec) else None,
+            # What was not even frozen has not been sent whole.
+            spec=self._spec if before == "serving" else None,
+        )
+        self._on_evicted(self, notice)
         return keys
 
     async def clear_up(self) -> None:

@@ -55,7 +55,7 @@ from memfaas.server.pool import FunctionProcess, Pool
 from memfaas.server.pressure import HOLDER, watch_node
 from memfaas.server.reclaim import Reclaimer
 from memfaas.server.serving import DESCRIPTORS
-from memfaas.server.victims import Moved, may_drop
+from memfaas.server.victims import Moved
 from memfaas.units import GIB, MIB, format_size
 
 _ADOPT_S = 5.0
@@ -167,7 +167,7 @@ class Agent:
         self._stopping = True
         logger.info("donor %s: stopping, gives back %d leases", self._name, len(self._custodies))
         for custody in self._custodies.values():
-            await self._line.say(LeaseGone(lease=custody.spec.lease, reason=f"donor {self._name} was stopped"))
+            await self._line.say(custody.gone(f"donor {self._name} was stopped"))
         async with trio.open_nursery() as nursery:
             for custody in list(self._custodies.values()):
                 nursery.start_soon(self._drop, custody, "the donor was stopped")
@@ -230,9 +230,7 @@ class Agent:
             on_change=self._change,
             on_arrived=lambda custody: self._nursery.start_soon(self._take_in, custody),
             on_doubt=lambda custody, target: self._nursery.start_soon(self._settle, custody, target),
-            on_evicted=lambda custody, reason, keys: self._nursery.start_soon(
-                self._after_eviction, custody, reason, keys
-            ),
+            on_evicted=lambda custody, notice: self._nursery.start_soon(self._after_eviction, custody, notice),
             on_lost=lambda custody, reason: self._nursery.start_soon(self._lose, custody, reason),
             mover=self._move,
         )
@@ -294,8 +292,9 @@ class Agent:
         self._answer_gave_memory()
 
     async def _lose(self, custody: Custody, reason: str) -> None:
+        notice = custody.gone(reason)
         await self._drop(custody, reason)
-        await self._line.say(LeaseGone(lease=custody.spec.lease, reason=reason))
+        await self._line.say(notice)
 
     # --- giving memory back ---------------------------------------------------------------------
 
@@ -341,9 +340,8 @@ class Agent:
         await self._line.say(Arrived(held=custody.held))
         self._answer_gave_memory()
 
-    async def _after_eviction(self, custody: Custody, reason: str, keys: int) -> None:
-        dropped = keys if may_drop(custody.spec) else None
-        await self._line.say(LeaseGone(lease=custody.spec.lease, reason=reason, dropped=dropped))
+    async def _after_eviction(self, custody: Custody, notice: LeaseGone) -> None:
+        await self._line.say(notice)
         await custody.clear_up()
         self._forget(custody)
 

@@ -77,6 +77,11 @@ class Moves(Book):
         if donor is not None:
             donor.arriving.add(lease.spec.lease)
 
+    def _end_copy(self, lease: Lease, reason: str) -> Outcome:
+        """What is on its way, if anything is, will never be whole: its target need not wait for it."""
+        target = self._end_move(lease)
+        return Outcome() if target is None else self._must_free(target, lease.spec.lease, lease.cost, reason)
+
     def _end_move_in_vain(self, lease: Lease, reason: str) -> Outcome:
         self._end_move(lease)
         return self._lose(lease, reason) if lease.state is State.MISSING else Outcome()
@@ -126,10 +131,7 @@ class Moves(Book):
 
     def _drop(self, lease: Lease, keys: int, reason: str) -> Outcome:
         """Its donor threw the shard away, as its store asked for: whoever wants it next gets it anew, empty."""
-        outcome = Outcome()
-        target = self._end_move(lease)
-        if target is not None:
-            outcome += self._must_free(target, lease.spec.lease, lease.cost, reason)
+        outcome = self._end_copy(lease, reason)
         if lease.spec.store is not None:
             self.stores[lease.spec.store.store].dropped += keys
         self._take(lease)

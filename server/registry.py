@@ -19,6 +19,7 @@ from memfaas.server.records import (
     State,
     Store,
     ToDirect,
+    ToTell,
     shard_lease,
     short,
 )
@@ -220,16 +221,48 @@ class Registry(Moves):
         self._has_freed(donor, notice.lease)
         lease = self.leases.get(notice.lease)
         if lease is None:
-            return Outcome()
+            return self._learn_loss(notice)
         if notice.lease in donor.leases:
             if notice.dropped is not None and lease.spec.store is not None and lease.state is State.HELD:
                 return self._drop(lease, notice.dropped, notice.reason)
+            outcome = Outcome()
             if notice.moved_to:
                 self._expect(lease, notice.moved_to)
-            return self._without_donor(lease, notice.reason)
+            elif notice.spec is not None:
+                outcome += self._end_copy(lease, notice.reason)
+            outcome += self._without_donor(lease, notice.reason)
+            return outcome
         if notice.lease in donor.arriving:
             return self._end_move_in_vain(lease, notice.reason)
+        if notice.spec is not None and lease.state is State.MISSING and notice.spec.epoch >= lease.spec.epoch:
+            return self._gone_unseen(lease, notice, notice.spec)
         return Outcome()
+
+    def _learn_loss(self, notice: LeaseGone) -> Outcome:
+        """An earlier life of the broker knew the lease; this one hears of it only now that it is over."""
+        spec = notice.spec
+        if spec is None or self._clock() >= self._complete_at or self._is_over(spec.lease):
+            return Outcome()
+        if spec.store is not None:
+            lease = self._learn_shard(spec)
+            return Outcome() if lease is None else self._gone_unseen(lease, notice, spec)
+        self._ended.add(spec.lease)
+        outcome = Outcome()
+        for session in self.sessions.values():
+            if spec.lease in session.claimed_regions and session.tenant == spec.tenant:
+                session.claimed_regions.discard(spec.lease)
+                session.gone.append(spec.lease)
+                outcome.tell.append(ToTell(session.session, spec.lease, notice.reason))
+        return outcome
+
+    def _gone_unseen(self, lease: Lease, notice: LeaseGone, spec: LeaseSpec) -> Outcome:
+        """A lease that no donor has shown, and none will."""
+        lease.spec = msgspec.structs.replace(lease.spec, epoch=max(lease.spec.epoch, spec.epoch))
+        if notice.dropped is not None and lease.spec.store is not None:
+            return self._drop(lease, notice.dropped, notice.reason)
+        outcome = self._end_copy(lease, notice.reason)
+        outcome += self._lose(lease, notice.reason)
+        return outcome
 
     def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
         """The donor serves the lease. False when the lease has ended in the meantime (it is to be freed)."""

@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import trio
 
 import memfaas
+from memfaas import local_agent
 from memfaas.client.local import LocalCluster
-from memfaas.errors import ClosedError
+from memfaas.errors import ClosedError, LeaseLost
 from memfaas.fabric import Choice
+from memfaas.messages import Reclaim, Reclaimed
 from memfaas.units import MIB
 from tests.e2e import moves
 from tests.e2e.crew import Crew
@@ -164,6 +167,27 @@ def test_a_broker_that_is_new_knows_where_leases_have_moved(three: LocalCluster)
         with memfaas.connect(three.address) as newcomer:
             assert kept.missing(newcomer.store("s")) == []
         moves.check_quiet(three, session)
+
+
+def test_a_broker_that_is_new_knows_what_was_lost_before(three: LocalCluster) -> None:
+    """Nobody could say where it might go, so it is lost, by name: no client waits for it."""
+    with operator(three.address) as session, memfaas.connect(three.address) as user:
+        store = user.store("s", size="48MiB", persistent=True)
+        region = user.lease("4MiB")
+        kept = Ledger(store, 40, 100_000)
+        on_donor = sum(one.donor == region.donor for one in session.status().leases)
+        three.kill_broker()
+        asked = Reclaim(donor="", size=EVERYTHING, deadline=1.0, holder="job")
+        home = three.folder / "run" / region.donor
+        reclaimed = trio.run(partial(local_agent.ask, home, asked, Reclaimed, LIMIT_S))
+        assert len(moves.lost(reclaimed)) == on_donor
+        three.restart_broker()
+        missing = kept.missing(store)
+        lost_shards = {shard for info in user.stores() for shard in info.lost_shards}
+        assert {store._shard_of(key, 0) for key in missing} == lost_shards
+        assert 0 < len(missing) < len(kept.keys)
+        with pytest.raises(LeaseLost):
+            region.read(0, 1)
 
 
 # --- somebody dies, and comes back ------------------------------------------------------------------------

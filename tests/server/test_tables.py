@@ -320,3 +320,116 @@ def test_what_is_remembered_for_a_dead_donor_is_forgotten_in_the_end(world: Worl
     world.pass_time(REMEMBER_S)
     assert world.tables.donors == {}
     assert world.tables.next_deadline() == math.inf
+
+
+# --- what a donor lost while the broker was away ------------------------------------------------------
+
+
+def test_a_new_broker_learns_what_a_donor_lost_before(world: World) -> None:
+    for name in ("d", "e"):
+        world.donor(name)
+    session = world.session()
+    spec = world.store(session, ["d", "e"])
+    region = world.region(session, "d")
+    lost, kept = (shard_lease(spec.store, shard) for shard in (0, 1))
+    for order in ("de", "ed"):
+        world.restart()
+        world.tables.open_session(session, "t", [spec.store], [region])
+        for lease in (lost, region):
+            if lease in world.donors["d"].held:
+                world.evict("d", lease)
+        said = list(world.donors["d"].unsaid_gone)
+        for name in order:
+            world.connect(name)
+        for lease in (lost, region):
+            with pytest.raises(LeaseLost):
+                world.tables.locate("t", lease)
+        assert world.tables.lost_shards(world.tables.stores[spec.store]) == [0]
+        assert world.tables.locate("t", kept).donor == "e"
+        assert {lease for to, lease in world.told if to == session} == {lost, region}
+        assert set(world.tables.renew(session, {})) == {lost, region}
+        world.told.clear()
+        world.donors["d"].unsaid_gone = said
+
+
+def test_a_new_broker_gives_a_cache_anew_what_was_dropped_before(world: World) -> None:
+    for name in ("d", "e"):
+        world.donor(name)
+    session = world.session()
+    spec = world.store(session, ["d", "e"], on_reclaim="drop")
+    world.restart()
+    world.tables.open_session(session, "t", [spec.store], [])
+    world.evict("d", shard_lease(spec.store, 0), dropped=42)
+    world.connect("d")
+    world.connect("e")
+    lease = world.tables.locate("t", shard_lease(spec.store, 0))
+    assert lease.state is State.DROPPED
+    assert world.tables.stores[spec.store].dropped == 42
+
+
+def test_a_store_of_which_nothing_is_left_is_over_for_a_new_broker(world: World) -> None:
+    world.donor("d")
+    session = world.session()
+    spec = world.store(session, ["d", "d"], persistent=True)
+    world.restart()
+    for shard in (0, 1):
+        world.evict("d", shard_lease(spec.store, shard))
+    world.connect("d")
+    assert world.tables.find_store("t", "s") is None
+    for shard in (0, 1):
+        with pytest.raises(LeaseLost):
+            world.tables.locate("t", shard_lease(spec.store, shard))
+
+
+def test_what_did_not_arrive_or_has_moved_is_not_lost_for_a_new_broker(world: World) -> None:
+    for name in ("d", "e"):
+        world.donor(name)
+    session = world.session()
+    moved, stayed = world.region(session, "d"), world.region(session, "d")
+    for lease in (moved, stayed):
+        world.relocate("d", lease, "e")
+    world.restart()
+    world.tables.open_session(session, "t", [], [moved, stayed])
+    world.fails_to_send("d", stayed)
+    world.sends_all("d", moved)
+    world.hears_that_it_moved("d", moved)
+    said = {name: world.donors[name].unsaid_gone for name in ("d", "e")}
+    assert [one.lease for one in said["d"] + said["e"]] == [moved, stayed]
+    for order in ("de", "ed"):
+        world.restart()
+        world.tables.open_session(session, "t", [], [moved, stayed])
+        for name in order:
+            world.donors[name].unsaid_gone = list(said[name])
+        world.connect(order[0])
+        with pytest.raises(TransportError):
+            world.tables.locate("t", {"d": moved, "e": stayed}[order[0]])
+        world.connect(order[1])
+        assert world.tables.locate("t", moved).donor == "e"
+        assert world.tables.locate("t", stayed).donor == "d"
+        assert world.tables.renew(session, {}) == []
+
+
+def test_a_lease_that_was_served_to_the_end_is_not_looked_for_at_its_target(world: World) -> None:
+    source, target = world.donor("d"), world.donor("e")
+    session = world.session()
+    region = world.region(session, "d")
+    world.relocate("d", region, "e")
+    world.evict("d", region)
+    with pytest.raises(LeaseLost):
+        world.tables.locate("t", region)
+    assert (source.held, target.incoming) == ({}, {})
+    assert world.tables.renew(session, {}) == [region]
+
+
+def test_a_lease_that_may_have_been_sent_is_looked_for_at_its_target(world: World) -> None:
+    world.donor("d")
+    world.donor("e")
+    session = world.session()
+    region = world.region(session, "d")
+    world.relocate("d", region, "e")
+    world.sends_all("d", region)
+    world.evict("d", region)
+    with pytest.raises(TransportError):
+        world.tables.locate("t", region)
+    world.says_arrived("e")
+    assert world.tables.locate("t", region).donor == "e"

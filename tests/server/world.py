@@ -98,6 +98,8 @@ class DonorModel:
     """Memory that waits for a copy."""
     unsaid: list[bytes] = field(default_factory=list)
     """Leases that have come, which the broker has not heard yet."""
+    unsaid_gone: list[LeaseGone] = field(default_factory=list)
+    """What it lost while the broker was away."""
 
     def leased(self) -> int:
         specs = [one.spec for one in self.held.values()] + list(self.incoming.values())
@@ -160,6 +162,9 @@ class World:
             self.carry_out(Outcome(free=[one]))
             self.say_gone(name, one.lease, "dropped")
         self.carry_out(outcome)
+        notices, donor.unsaid_gone = donor.unsaid_gone, []
+        for notice in notices:
+            self.say(name, notice)
 
     def disconnect(self, name: str) -> None:
         self.donors[name].connected = False
@@ -175,12 +180,24 @@ class World:
                 donor.free(one.lease)
                 self.tables.freed(one.donor, one.lease, donor.memory())
 
-    def say_gone(self, name: str, lease: bytes, reason: str, dropped: int | None = None, moved_to: str = "") -> None:
+    def say_gone(self, name: str, lease: bytes, reason: str, moved_to: str = "") -> None:
+        self.say(name, LeaseGone(lease=lease, reason=reason, moved_to=moved_to))
+
+    def say(self, name: str, notice: LeaseGone) -> None:
         donor = self.donors[name]
         if donor.connected:
-            notice = LeaseGone(lease=lease, reason=reason, dropped=dropped, moved_to=moved_to)
             self.carry_out(self.tables.lost(name, notice))
             self.tables.report(name, donor.report())
+        else:
+            donor.unsaid_gone.append(notice)
+
+    def evict(self, name: str, lease: bytes, dropped: int = 7) -> None:
+        """Its memory is needed at once."""
+        copy = self.donors[name].held.pop(lease)
+        drops = copy.spec.store is not None and copy.spec.store.on_reclaim == "drop"
+        spec = copy.spec if copy.served else None
+        reason = "its memory was needed"
+        self.say(name, LeaseGone(lease=lease, reason=reason, dropped=dropped if drops else None, spec=spec))
 
     def grant(self, lease: Lease) -> bool:
         donor = self.donors[lease.donor]
