@@ -13,9 +13,13 @@ import trio
 from memfaas import _native, rpc
 from memfaas.errors import LeaseLost, MemfaasError, TransportError
 from memfaas.messages import Done, Refused, Welcome
+from memfaas.server import process
 from memfaas.server.doorman import Doorman
 from memfaas.units import format_size
 
+_DIAL_S = 10.0
+"""The sender dials as soon as it hears that we wait. One that has not by now never will, as a rule: it is dead, or
+the broker is. If it comes after all, the lease stays where it is."""
 _REPLY_S = 5.0
 
 logger = logging.getLogger(__name__)
@@ -40,13 +44,14 @@ class Arrival:
     async def run(self, listener: trio.SocketListener, timeout_s: float) -> None:
         """Returns when the lease is served. Raises LeaseLost when it does not come in time, or comes torn."""
         deadline = time.monotonic() + timeout_s
-        with trio.move_on_after(timeout_s):
+        patience = min(timeout_s, _DIAL_S)
+        with trio.move_on_after(patience):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.serve_listeners, self._on_connection, [listener])
                 await self._sender.wait()
                 nursery.cancel_scope.cancel()
         if self._sock is None:
-            raise LeaseLost(f"lease {self._name} was not sent within {timeout_s:g} s")
+            raise LeaseLost(f"lease {self._name}: nobody began to send it within {patience:g} s")
         with self._sock as sock:
             try:
                 await trio.to_thread.run_sync(self._receive, sock, deadline)
@@ -65,6 +70,7 @@ class Arrival:
     async def _welcome(self, stream: trio.SocketStream) -> None:
         if await self._doorman.admit(stream, "move") is None or self._sock is not None:
             return
+        process.notice_dead_peers(stream.socket)
         with trio.fail_after(rpc.HANDSHAKE_TIMEOUT_S):
             await rpc.send_message(stream, Welcome())
         descriptor = stream.socket.detach()
