@@ -84,8 +84,8 @@ class Memory:
     state: State
     def thaw(self) -> bool:
         """Whoever waits for frozen memory goes on. False when it is not frozen (any more)."""
-    def freeze(self) -> None:
-        """Operations that begin from now on wait."""
+    def freeze(self) -> bool:
+        """Operations that begin from now on wait. False when it does not serve (any more)."""
     def drain(self, timeout_s: float) -> bool:
         """Waits until no operation is left in frozen memory; False when one is."""
     def set_epoch(self, epoch: int) -> None: ...

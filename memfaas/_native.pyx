@@ -150,7 +150,7 @@ cdef class Memory:
 
     def revoke(self):
         self.check()
-        return STATES.get(mf_set_state(&self.memory, MF_STATE_REVOKED), "revoked")
+        return STATES.get(mf_revoke(&self.memory), "revoked")
 
     @property
     def state(self):
@@ -163,7 +163,7 @@ cdef class Memory:
 
     def freeze(self):
         self.check()
-        mf_set_state(&self.memory, MF_STATE_FROZEN)
+        return mf_freeze(&self.memory)
 
     def drain(self, double timeout_s):
         cdef bint drained

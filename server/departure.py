@@ -64,7 +64,8 @@ class Departure:
         try:
             size = self._copy_in_use(sock.fileno(), deadline)
             frozen = time.monotonic()
-            memory.freeze()
+            if not memory.freeze():
+                return Sent(outcome="stayed", reason="its memory was needed", size=size)
             if not memory.drain(_SOON_S):
                 self._cut()
                 if not memory.drain(max(0.0, deadline - time.monotonic())):

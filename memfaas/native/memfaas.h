@@ -87,8 +87,10 @@ int mf_map(struct mf_memory *memory, int data_fd, int control_fd, uint32_t parti
 void mf_unmap(struct mf_memory *memory);
 int mf_populate(struct mf_memory *memory, size_t limit);
 int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint32_t *participant);
-uint32_t mf_set_state(struct mf_memory *memory, uint32_t state); /* returns the one before */
-bool mf_thaw(struct mf_memory *memory); /* from frozen to serving; false: it was not frozen */
+/* Revoked is for ever: whoever freezes or thaws may be late, and then changes nothing. */
+uint32_t mf_revoke(struct mf_memory *memory); /* returns the state before */
+bool mf_freeze(struct mf_memory *memory);     /* from serving to frozen; false: it was not serving */
+bool mf_thaw(struct mf_memory *memory);       /* and back; false: it was not frozen */
 uint64_t mf_operations(struct mf_memory *memory); /* so far; about */
 uint32_t mf_fork_generation(void);
 

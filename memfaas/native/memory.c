@@ -179,18 +179,21 @@ int mf_attach(struct mf_memory *memory, uint32_t pid, uint64_t start_time, uint3
     return EMFILE;
 }
 
-uint32_t mf_set_state(struct mf_memory *memory, uint32_t state) {
-    uint32_t before = atomic_exchange(&memory->control->state, state);
+uint32_t mf_revoke(struct mf_memory *memory) {
+    uint32_t before = atomic_exchange(&memory->control->state, MF_STATE_REVOKED);
     mf_futex_wake(&memory->control->state, INT_MAX);
     return before;
 }
 
-bool mf_thaw(struct mf_memory *memory) {
-    uint32_t frozen = MF_STATE_FROZEN;
-    bool was = atomic_compare_exchange_strong(&memory->control->state, &frozen, MF_STATE_SERVING);
+static bool change_state(struct mf_memory *memory, uint32_t from, uint32_t to) {
+    bool was = atomic_compare_exchange_strong(&memory->control->state, &from, to);
     mf_futex_wake(&memory->control->state, INT_MAX);
     return was;
 }
+
+bool mf_freeze(struct mf_memory *memory) { return change_state(memory, MF_STATE_SERVING, MF_STATE_FROZEN); }
+
+bool mf_thaw(struct mf_memory *memory) { return change_state(memory, MF_STATE_FROZEN, MF_STATE_SERVING); }
 
 void mf_set_epoch(struct mf_memory *memory, uint64_t epoch) {
     memory->at.epoch = epoch;

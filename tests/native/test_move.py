@@ -511,6 +511,16 @@ def test_time_is_up_for_a_sender_that_says_nothing() -> None:
         arrival.wait()
 
 
+def test_what_is_revoked_stays_so() -> None:
+    """Whoever freezes it, or has it served again, comes too late."""
+    with residence("shard", SHARD) as home:
+        memory = home.lease.memory
+        assert (memory.thaw(), memory.freeze(), memory.freeze()) == (False, True, False)
+        assert (memory.state, memory.thaw(), memory.state) == ("frozen", True, "serving")
+        assert memory.revoke() == "serving"
+        assert (memory.freeze(), memory.thaw(), memory.state) == (False, False, "revoked")
+
+
 def test_nothing_is_served_before_all_of_it_is_here() -> None:
     with residence("shard", SHARD) as home, ExitStack() as stack:
         home.store("shm").put(b"key", b"value")
