@@ -15,8 +15,9 @@ NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/nati
 
 BUILD_PACKAGES := gcc libc6-dev libxxhash-dev python3-dev python3-venv
 TEST_PACKAGES := iproute2 memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
+VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod qemu-system-x86
 
-.PHONY: help install dev build demo test test-fast lint format bench peers clean
+.PHONY: help install dev build demo test test-fast lint format bench peers vm clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,8 +31,12 @@ build: .venv/.built ## Compile the native part again after a change
 demo: install ## A local cluster at work: stores and verifies a data set, shows leases and speed
 	@$(BIN)/memfaas demo
 
-test: dev lint ## Everything that must pass: lint, then all tests, fast ones first
+test: dev vm lint ## Everything that must pass: lint, then all tests, fast ones first
 	@$(BIN)/pytest
+
+vm: ## What the tests need that run in a virtual machine, with a kernel of their own
+	@.ci/apt-install $(VM_PACKAGES)
+	.ci/vm-kernel
 
 test-fast: dev ## The fast tests alone
 	@$(BIN)/pytest -m 'not slow'
