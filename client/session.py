@@ -20,7 +20,7 @@ from memfaas.client.region import Region
 from memfaas.client.store import Store
 from memfaas.config import ClientSettings, load_settings
 from memfaas.errors import ClosedError, MemfaasError, TransportError, UsageError
-from memfaas.units import GIB, parse_duration, parse_size
+from memfaas.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from memfaas.addresses import Address
@@ -29,18 +29,10 @@ if TYPE_CHECKING:
 
 _CLOSE_S = 3.0
 _DETAIL_S = 2.0
-_RECLAIM_MARGIN_S = 5.0
-_SLOWEST_FREE = GIB
-"""Bytes per second: memory in 4 KiB pages comes back some times faster than that."""
 
 R = TypeVar("R", bound=messages.Message)
 
 log = logging.getLogger(__name__)
-
-
-def reclaim_patience(size: int, deadline: float) -> float:
-    """Seconds to wait for the answer to a reclaim. At its deadline the memory goes, which takes time itself."""
-    return deadline + _RECLAIM_MARGIN_S + size / _SLOWEST_FREE
 
 
 def connect(
@@ -260,7 +252,7 @@ class Session:
         """
         seconds, amount = parse_duration(deadline), parse_size(size)
         message = messages.Reclaim(donor=donor, size=amount, deadline=seconds, holder=holder)
-        return self._request(message, messages.Reclaimed, timeout_s=reclaim_patience(amount, seconds), once=True)
+        return self._request(message, messages.Reclaimed, timeout_s=message.patience, once=True)
 
     def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
         """A donor may lend again what this holder took back from it. Nothing happens if it took nothing.
@@ -354,19 +346,14 @@ class Session:
         self,
         message: messages.Message,
         reply: type[R],
-        then: Callable[[Control, R], object] | None = None,
         timeout_s: float | None = None,
         once: bool = False,
     ) -> R:
-        """Asks the broker. `then` is called with the answer in the control thread, before anything else."""
         control = (loop := self._running()).control
 
         async def ask() -> R:
             patience = self.timeout if timeout_s is None else timeout_s
-            answer = await control.request(message, reply, patience, once=once)
-            if then is not None:
-                then(control, answer)
-            return answer
+            return await control.request(message, reply, patience, once=once)
 
         return loop.call(ask)
 

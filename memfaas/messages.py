@@ -2,18 +2,17 @@
 
 Wire form: msgpack of `[type, {field: value}]`. An unknown field is ignored (a newer peer), an
 unknown type is a `ProtocolError`. The types of the fields are checked on arrival.
-
-Requests name the type of their reply in `Reply`; notices have none.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import msgpack
 import msgspec
 
 from memfaas.errors import ProtocolError
+from memfaas.units import GIB
 
 VERSION = 1
 """Version of the control protocol; both sides say theirs in the hello and must agree."""
@@ -22,6 +21,10 @@ Kind = Literal["shard", "region"]
 OnReclaim = Literal["migrate", "drop"]
 Compression = Literal["none", "lz4"]
 LeaseState = Literal["granting", "held", "moving", "missing", "lost", "dropped"]
+_RECLAIM_MARGIN_S = 5.0
+_SLOWEST_FREE = GIB
+"""Bytes per second: memory in 4 KiB pages comes back some times faster than that."""
+_LONGEST_FREE_S = 60.0
 
 
 class Struct(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +36,6 @@ _TYPES: dict[str, type[Message]] = {}
 
 class Message(Struct, frozen=True, kw_only=True):
     """A message; its class name is its type on the wire."""
-
-    Reply: ClassVar[type[Message] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,7 +201,6 @@ class SessionOpened(Message, frozen=True, kw_only=True):
 class OpenSession(Message, frozen=True, kw_only=True):
     """First request of a client. After a broken connection it names what the session holds."""
 
-    Reply = SessionOpened
     session: bytes
     """16 random bytes, chosen by the client, the same after a reconnect."""
     stores: list[bytes] = []
@@ -208,7 +208,7 @@ class OpenSession(Message, frozen=True, kw_only=True):
 
 
 class CloseSession(Message, frozen=True, kw_only=True):
-    Reply = Done
+    pass
 
 
 class Renewed(Message, frozen=True, kw_only=True):
@@ -220,7 +220,6 @@ class Renewed(Message, frozen=True, kw_only=True):
 class Renew(Message, frozen=True, kw_only=True):
     """Renews all leases of the session at once."""
 
-    Reply = Renewed
     fabrics: dict[str, int]
     """Open links by fabric, for the status display."""
 
@@ -235,7 +234,6 @@ class StoreOpened(Message, frozen=True, kw_only=True):
 class OpenStore(Message, frozen=True, kw_only=True):
     """Opens a store; creates it when `size` is given and there is none of that name."""
 
-    Reply = StoreOpened
     name: str
     size: int | None
     persistent: bool = False
@@ -246,12 +244,10 @@ class OpenStore(Message, frozen=True, kw_only=True):
 class CloseStore(Message, frozen=True, kw_only=True):
     """This session no longer uses the store; the last one to say so frees it (unless persistent)."""
 
-    Reply = Done
     store: bytes
 
 
 class DeleteStore(Message, frozen=True, kw_only=True):
-    Reply = Done
     name: str
 
 
@@ -260,12 +256,10 @@ class RegionGranted(Message, frozen=True, kw_only=True):
 
 
 class OpenRegion(Message, frozen=True, kw_only=True):
-    Reply = RegionGranted
     size: int
 
 
 class ReleaseLease(Message, frozen=True, kw_only=True):
-    Reply = Done
     lease: bytes
 
 
@@ -276,7 +270,6 @@ class Located(Message, frozen=True, kw_only=True):
 class Locate(Message, frozen=True, kw_only=True):
     """Where is this lease now? Also how a session gets a fresh ticket. LeaseLost when it is gone."""
 
-    Reply = Located
     lease: bytes
 
 
@@ -290,8 +283,6 @@ class StatusReport(Message, frozen=True, kw_only=True):
 
 class Status(Message, frozen=True, kw_only=True):
     """What the broker knows; a tenant sees its own leases, stores and sessions, the operator all."""
-
-    Reply = StatusReport
 
 
 class LeaseGone(Message, frozen=True, kw_only=True):
@@ -354,7 +345,6 @@ class Reclaim(Message, frozen=True, kw_only=True):
     """An operator to the broker, the broker to a donor, or a program on a donor's node to the donor:
     lend so much less, from now until `Lend` with the same `holder`, and have it free by the deadline."""
 
-    Reply = Reclaimed
     donor: str
     size: int
     """At most what the donor lends; more is taken as all of it."""
@@ -365,11 +355,15 @@ class Reclaim(Message, frozen=True, kw_only=True):
     in_all: bool = False
     """`size` is what this holder needs in all: what it took back before counts. Otherwise it is added."""
 
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for the answer. At the deadline the memory goes, which takes time itself."""
+        return self.deadline + _RECLAIM_MARGIN_S + min(self.size / _SLOWEST_FREE, _LONGEST_FREE_S)
+
 
 class Lend(Message, frozen=True, kw_only=True):
     """The same three: what this holder took back may be lent again. Nothing happens if it took nothing."""
 
-    Reply = Done
     donor: str
     holder: str
 
@@ -407,8 +401,6 @@ class UsageReport(Message, frozen=True, kw_only=True):
 class AskUsage(Message, frozen=True, kw_only=True):
     """Who used how much of whose memory; a tenant sees its own part, the operator all."""
 
-    Reply = UsageReport
-
 
 # --- donor and broker -------------------------------------------------------------------------
 
@@ -426,7 +418,6 @@ class Registered(Message, frozen=True, kw_only=True):
 class Register(Message, frozen=True, kw_only=True):
     """First request of a donor, after every connect."""
 
-    Reply = Registered
     donor: str
     node: str
     host: str
@@ -458,7 +449,6 @@ class Granted(Message, frozen=True, kw_only=True):
 class Grant(Message, frozen=True, kw_only=True):
     """Broker to donor: serve this lease. CapacityError when its memory would cut into the headroom."""
 
-    Reply = Granted
     spec: LeaseSpec
 
 
@@ -469,7 +459,6 @@ class Freed(Message, frozen=True, kw_only=True):
 class Free(Message, frozen=True, kw_only=True):
     """Broker to donor: the lease is over, give its memory back now."""
 
-    Reply = Freed
     lease: bytes
     reason: str
 
@@ -490,7 +479,6 @@ class Relocate(Message, frozen=True, kw_only=True):
     CapacityError when none has room.
     """
 
-    Reply = Target
     lease: bytes
     epoch: int
     """Of the lease here; it is the next one there."""
@@ -503,7 +491,6 @@ class Relocate(Message, frozen=True, kw_only=True):
 class Receive(Message, frozen=True, kw_only=True):
     """Broker to donor: make memory for a lease that another donor is about to send."""
 
-    Reply = Granted
     spec: LeaseSpec
     timeout: float
 
@@ -526,7 +513,6 @@ class Settle(Message, frozen=True, kw_only=True):
     LeaseLost when nobody can tell any more.
     """
 
-    Reply = Settled
     lease: bytes
     epoch: int
     """Of the copy."""
@@ -537,7 +523,6 @@ class Settle(Message, frozen=True, kw_only=True):
 class MoveAway(Message, frozen=True, kw_only=True):
     """Broker to a spill donor: there is room in memory again, so bring this lease home."""
 
-    Reply = Done
     lease: bytes
 
 
@@ -547,7 +532,6 @@ class MoveAway(Message, frozen=True, kw_only=True):
 class Serve(Message, frozen=True, kw_only=True):
     """Agent to an idle function. Carries four descriptors: data, control, unix and tcp listener."""
 
-    Reply = Done
     donor: str
     spec: LeaseSpec
     endpoint: Endpoint
@@ -562,10 +546,8 @@ class Serve(Message, frozen=True, kw_only=True):
 class Serving(Message, frozen=True, kw_only=True):
     """Carries the four descriptors back."""
 
-    donor: str
     spec: LeaseSpec
     endpoint: Endpoint
-    pid: int
     incoming: bool = False
     in_doubt: Target | None = None
     """All of it was sent there, and no answer came."""
@@ -584,7 +566,6 @@ class Sent(Message, frozen=True, kw_only=True):
 class Send(Message, frozen=True, kw_only=True):
     """Agent to function: copy the lease there while it is in use; then freeze it and copy the rest."""
 
-    Reply = Sent
     target: Target
     deadline: float
     """Seconds from now; then it stays where it is."""
@@ -593,7 +574,6 @@ class Send(Message, frozen=True, kw_only=True):
 class Resume(Message, frozen=True, kw_only=True):
     """Agent to function: what you sent is not served elsewhere and never will be. Go on, under this epoch."""
 
-    Reply = Done
     epoch: int
 
 
@@ -605,14 +585,11 @@ class Punched(Message, frozen=True, kw_only=True):
 class Punch(Message, frozen=True, kw_only=True):
     """Agent to function: cut up to so many bytes of free spans out of the shard; it keeps serving."""
 
-    Reply = Punched
     size: int
 
 
 class Unpunch(Message, frozen=True, kw_only=True):
     """Agent to function: what was cut out may be used again."""
-
-    Reply = Done
 
 
 class InDoubt(Message, frozen=True, kw_only=True):
@@ -628,8 +605,6 @@ class Received(Message, frozen=True, kw_only=True):
 class Adopt(Message, frozen=True, kw_only=True):
     """A new agent to a function that outlived its agent."""
 
-    Reply = Serving
-
 
 class FunctionReport(Message, frozen=True, kw_only=True):
     """Notice, function to agent: when something changed."""
@@ -641,7 +616,6 @@ class FunctionReport(Message, frozen=True, kw_only=True):
 class Stop(Message, frozen=True, kw_only=True):
     """Agent to function: refuse new operations, free the memory, end."""
 
-    Reply = Done
     reason: str
 
 

@@ -7,6 +7,7 @@ frame ends that connection and nothing else.
 
 from __future__ import annotations
 
+import logging
 import math
 import socket
 import struct
@@ -39,6 +40,7 @@ _REQUEST, _REPLY, _ERROR, _NOTICE = range(4)
 _PENDING_MAX = 1024
 
 R = TypeVar("R", bound="Message")
+logger = logging.getLogger(__name__)
 
 
 def frame(payload: bytes, limit: int = MAX_FRAME) -> bytes:
@@ -209,9 +211,10 @@ class Channel:
         elif kind == _NOTICE:
             self._handler.on_notice(messages.decode(body))
         elif kind in (_REPLY, _ERROR):
+            outcome = _outcome(kind, body)
             waiter = self._pending.pop(number, None)
             if waiter is not None:  # else: the one who asked has given up
-                waiter.send_nowait(_outcome(kind, body))
+                waiter.send_nowait(outcome)
         else:
             raise ProtocolError(f"unknown kind of frame {kind}")
 
@@ -221,6 +224,10 @@ class Channel:
             kind, payload = _REPLY, messages.encode(reply)
         except MemfaasError as error:
             kind, payload = _ERROR, messages.encode(messages.Refused(code=error.code, text=str(error)))
+        except Exception as error:  # a fault of ours in one request must not end the process
+            logger.exception("%s: a request failed", self.peer)
+            text = f"it failed by a fault that its log tells of: {error!r}"
+            kind, payload = _ERROR, messages.encode(messages.Refused(code=MemfaasError.code, text=text))
         try:
             await self._send(kind, number, payload)
         except TransportError:

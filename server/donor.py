@@ -166,7 +166,7 @@ class Agent:
     async def _give_all_back(self) -> None:
         self._stopping = True
         logger.info("donor %s: stopping, gives back %d leases", self._name, len(self._custodies))
-        for custody in self._custodies.values():
+        for custody in list(self._custodies.values()):
             await self._line.say(custody.gone(f"donor {self._name} was stopped"))
         async with trio.open_nursery() as nursery:
             for custody in list(self._custodies.values()):

@@ -177,10 +177,8 @@ class Function:
         served = self.the_lease()
         message = served.message
         answer = Serving(
-            donor=message.donor,
             spec=message.spec,
             endpoint=message.endpoint,
-            pid=os.getpid(),
             incoming=served.incoming,
             in_doubt=served.in_doubt,
         )

@@ -78,10 +78,13 @@ class Home:
             return {}
 
     def save_reserved(self, reserved: dict[str, int]) -> None:
-        """For the next agent, if this one is killed."""
+        """For the next agent, if this one is killed. A folder that takes no file must not keep memory from a job."""
         draft = self.folder / f"{_RESERVED}.new"
-        draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
-        draft.replace(self.folder / _RESERVED)
+        try:
+            draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
+            draft.replace(self.folder / _RESERVED)
+        except OSError as error:
+            logger.error("%s cannot be written; if this donor is killed, its next agent lends again: %s", draft, error)
 
     def unix_path(self, lease: bytes) -> Path:
         """Half of a lease's identity: a socket's path must be short."""

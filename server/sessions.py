@@ -247,7 +247,7 @@ class SessionPeer:
         if message.size <= 0 or not 0 <= message.deadline < math.inf:
             raise UsageError(f"cannot take back {message.size} bytes within {message.deadline:g} s")
         logger.info("donor %s: %s takes back %d bytes", message.donor, message.holder, message.size)
-        reclaimed = await self._ask_donor(message.donor, message, Reclaimed, message.deadline + _ANSWER_S)
+        reclaimed = await self._ask_donor(message.donor, message, Reclaimed, message.patience)
         self._tables.accounts.donor_reclaimed(message.donor, reclaimed.freed, reclaimed.in_time)
         return reclaimed
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from memfaas import auth, local_agent
 from memfaas.cli.options import load, settings_options
 from memfaas.cli.status import make_console, make_table
-from memfaas.client.session import Session, reclaim_patience
+from memfaas.client.session import Session
 from memfaas.config import ClientSettings, DonorSettings
 from memfaas.errors import UsageError
 from memfaas.messages import Done, FreedBytes, Lend, Reclaim, Reclaimed
@@ -96,8 +96,7 @@ def reclaim(
     if local:
         at = _donor_here(node, given)
         request = Reclaim(donor=at.name, size=amount, deadline=seconds, holder=holder)
-        patience = reclaim_patience(amount, seconds)
-        answer = trio.run(local_agent.ask, at.home, request, Reclaimed, patience)
+        answer = trio.run(local_agent.ask, at.home, request, Reclaimed, request.patience)
     else:
         with _operator(given) as session:
             answer = session.reclaim(_named(node), amount, seconds, holder)

