@@ -217,15 +217,20 @@ class Book:
         ]
 
     def _room(self, donor: Donor) -> Room:
-        return Room(donor.name, self._free(donor), donor.spill)
-
-    def _free(self, donor: Donor) -> int:
-        held = [self.leases[identity] for identity in donor.leases]
-        arriving = [self.leases[identity] for identity in donor.arriving]
-        over = sum(cost for cost, _ in donor.over.values())
-        taken = sum(lease.cost for lease in held + arriving) + over
-        unseen = sum(lease.cost for lease in held if lease.state is State.GRANTING)
-        unseen += sum(lease.cost for lease in arriving if lease.moving is not None and not lease.moving.ready)
+        taken = unseen = arriving = 0
+        for identity in donor.leases:
+            lease = self.leases[identity]
+            taken += lease.cost
+            if lease.state is State.GRANTING:
+                unseen += lease.cost
+        for identity in donor.arriving:
+            lease = self.leases[identity]
+            arriving += lease.cost
+            if lease.moving is not None and not lease.moving.ready:
+                unseen += lease.cost
+        for cost, _ in donor.over.values():
+            taken += cost
         memory = donor.memory
         unpopulated = max(0, memory.leased - memory.populated) + unseen
-        return max(0, min(memory.offered - taken, memory.available - memory.headroom - unpopulated))
+        free = min(memory.offered - taken - arriving, memory.available - memory.headroom - unpopulated)
+        return Room(donor.name, max(0, free), donor.spill, arriving)

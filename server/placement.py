@@ -65,11 +65,16 @@ class Placer:
         return self.lease("region", size, rooms)
 
     def lease(self, kind: Kind, size: int, rooms: list[Room]) -> str:
-        """The donor for one lease: the one with the most room. Raises CapacityError."""
+        """The donor for one lease: the one with the most room of those that least is on its way to.
+
+        Leases leave many donors at the same time when a large job begins, and whoever sent all of them to
+        one would have them wait for its link. Raises CapacityError.
+        """
+        cost = self.cost(kind, size)
         for among in _fastest_first(rooms):
-            donors = _spread(1, self.cost(kind, size), _roomiest_first(among))
-            if donors is not None:
-                return donors[0]
+            with_room = [room for room in _roomiest_first(among) if room.free >= cost]
+            if with_room:
+                return min(with_room, key=lambda room: room.arriving).donor
         raise CapacityError(f"no donor has room for a {kind} of {format_size(size)}; {_offer(rooms)}")
 
     def _store(self, size: int, rooms: list[Room]) -> Placement | None:
@@ -136,13 +141,14 @@ def _spread(shards: int, cost: int, rooms: list[Room]) -> list[str] | None:
 
     The rooms are in the order of `_roomiest_first`.
     """
-    if sum(room.free // cost for room in rooms) < shards:
-        return None
     chosen: list[str] = []
     held = 0
     while len(chosen) < shards:
         held += 1
-        chosen += [room.donor for room in rooms if room.free >= held * cost][: shards - len(chosen)]
+        more = [room.donor for room in rooms[: shards - len(chosen)] if room.free >= held * cost]
+        if not more:
+            return None
+        chosen += more
     return chosen
 
 

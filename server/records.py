@@ -149,6 +149,8 @@ class Room(NamedTuple):
     donor: str
     free: int
     spill: bool = False
+    arriving: int = 0
+    """Bytes that are on their way there."""
 
 
 def shard_lease(store: bytes, shard: int) -> bytes:

@@ -194,16 +194,15 @@ class Tables(Registry):
 
     def next_deadline(self) -> float:
         """When `expire` has something to do next."""
-        deadline = math.inf
-        for session in self.sessions.values():
-            deadline = min(deadline, session.expires)
+        deadlines = [session.expires for session in self.sessions.values()]
+        deadlines += [store.until for store in self.stores.values()]
         for donor in self.donors.values():
-            deadline = min(deadline, donor.lost_at, *(until for _, until in donor.over.values()))
-        for store in self.stores.values():
-            deadline = min(deadline, store.until)
-        for lease in self.leases.values():
-            deadline = min(deadline, lease.until, math.inf if lease.moving is None else lease.moving.until)
-        return deadline
+            deadlines.append(donor.lost_at)
+            deadlines += [until for _, until in donor.over.values()]
+        leases = self.leases.values()
+        deadlines += [lease.until for lease in leases]
+        deadlines += [lease.moving.until for lease in leases if lease.moving is not None]
+        return min(deadlines, default=math.inf)
 
     def _is_waiting(self, session: Session) -> bool:
         """Whether the session waits for us to grant what it asked for; that must not end under its hands."""

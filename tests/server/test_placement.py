@@ -61,6 +61,12 @@ def test_a_region_goes_where_most_room_is() -> None:
     assert placer.region(10 * MIB, rooms(20 * MIB, 40 * MIB, 30 * MIB)) == "d1"
 
 
+def test_a_lease_goes_where_the_least_is_on_its_way_to_among_those_with_room() -> None:
+    busy = Room("busy", 40 * MIB, arriving=20 * MIB)
+    assert placer.lease("shard", 10 * MIB, [busy, *rooms(20 * MIB, 30 * MIB)]) == "d1"
+    assert placer.lease("shard", 30 * MIB, [busy, *rooms(20 * MIB, 30 * MIB)]) == "busy"
+
+
 def test_spill_donors_get_only_what_fits_nowhere_else() -> None:
     memory = rooms(40 * MIB, 40 * MIB)
     spill = Room("spill", GIB, spill=True)
