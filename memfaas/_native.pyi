@@ -135,7 +135,8 @@ class Server:
         """Takes over a connected socket (the descriptor is now the server's)."""
     def connections(self) -> int: ...
     def cut(self) -> None:
-        """Ends the connections that there are now."""
+        """Ends the connections of peers that may keep an operation from ending: one that reads, or sends what it
+        writes to a region, slowly. What they asked for can be asked for again."""
     def stop(self, timeout_s: float) -> bool:
         """Ends all connections; False when some thread did not end in time."""
 

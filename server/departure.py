@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Departure:
     """One attempt. `run` blocks, so it has a thread of its own; `stop` may be called from another.
 
-    `cut` ends the tcp connections of clients, some of which may be too slow for an operation to end.
+    `cut` ends the tcp connections of clients that may be too slow for an operation to end.
     """
 
     def __init__(self, memory: _native.Memory, target: Target, cut: Callable[[], None]) -> None:

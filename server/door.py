@@ -49,7 +49,7 @@ class Door:
         return {fabric: count for fabric, count in counts.items() if count}
 
     def cut(self) -> None:
-        """Ends the tcp connections that there are now; their clients connect again."""
+        """Ends the tcp connections of clients that may keep an operation from ending; they connect again."""
         self._server.cut()
 
     def stop(self, timeout_s: float) -> bool:

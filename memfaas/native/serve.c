@@ -23,6 +23,7 @@ struct connection {
     struct connection *next, **link;
     struct mf_writer *writer;
     uint64_t writer_id;
+    _Atomic bool leans; /* on its peer: its request may wait for it while it is pinned */
     struct mf_stream stream;
 };
 
@@ -177,10 +178,10 @@ static bool receive_spans(struct mf_op *op, struct mf_stream *stream) {
  * all of the value has to be here before they are taken. */
 static bool put_scattered(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
                           const uint8_t *key, struct mf_replaced *replaced, int *status) {
+    mf_unpin(op);
     uint8_t *value = malloc(request->value_len);
     if (!value)
         return mf_stream_skip(stream, request->value_len);
-    mf_unpin(op);
     bool good = mf_stream_read(stream, value, request->value_len);
     op->deadline = 0; /* the peer's time is not ours */
     if (good)
@@ -197,9 +198,9 @@ static bool put_chunked(struct mf_op *op, struct mf_stream *stream, const struct
     *status = mf_put_reserve_spans(op, request->key_len, request->meta_len, request->value_len);
     if (*status == MF_FULL)
         return put_scattered(op, stream, request, key, replaced, status);
+    mf_unpin(op);
     if (*status != MF_OK)
         return mf_stream_skip(stream, request->value_len);
-    mf_unpin(op);
     const uint32_t spans = op->pieces;
     volatile bool good = false;
     MF_GUARDED(op->memory->data, op->memory->at.data_bytes, good = receive_spans(op, stream), good = false);
@@ -354,6 +355,30 @@ static bool serve_resume(struct connection *connection, const struct mf_request 
     return reply(&connection->stream, (struct mf_reply){.status = MF_OK, .a = happened});
 }
 
+static bool serve_whole(struct connection *connection, const struct mf_request *request) {
+    struct mf_memory *memory = connection->server->memory;
+    struct mf_stream *stream = &connection->stream;
+    const uint8_t *key = stream->in + stream->at;
+    switch (request->verb) {
+    case MF_PUT:
+        return serve_put(connection, request);
+    case MF_GET:
+        stream->at += request->key_len;
+        return serve_get(memory, stream, request, key);
+    case MF_DELETE:
+        stream->at += request->key_len;
+        return serve_delete(connection, request, key);
+    case MF_SCAN:
+        return serve_scan(memory, stream, request);
+    case MF_STATS:
+        return serve_stats(memory, stream);
+    case MF_RESUME:
+        return serve_resume(connection, request);
+    default:
+        return serve_region(memory, stream, request);
+    }
+}
+
 /* False ends the connection: it broke, or what came is not a request. */
 static bool serve_one(struct connection *connection) {
     struct mf_memory *memory = connection->server->memory;
@@ -382,25 +407,10 @@ static bool serve_one(struct connection *connection) {
     size_t head = (size_t)request.key_len + request.meta_len;
     if (!before_blocking(stream, head) || !mf_stream_fill(stream, head))
         return false;
-    const uint8_t *key = stream->in + stream->at;
-    switch (request.verb) {
-    case MF_PUT:
-        return serve_put(connection, &request);
-    case MF_GET:
-        stream->at += head;
-        return serve_get(memory, stream, &request, key);
-    case MF_DELETE:
-        stream->at += head;
-        return serve_delete(connection, &request, key);
-    case MF_SCAN:
-        return serve_scan(memory, stream, &request);
-    case MF_STATS:
-        return serve_stats(memory, stream);
-    case MF_RESUME:
-        return serve_resume(connection, &request);
-    default:
-        return serve_region(memory, stream, &request);
-    }
+    atomic_store(&connection->leans, request.verb == MF_GET || request.verb == MF_READ || request.verb == MF_WRITE);
+    bool good = serve_whole(connection, &request);
+    atomic_store(&connection->leans, false);
+    return good;
 }
 
 static void *run(void *argument) {
@@ -441,6 +451,7 @@ int mf_server_serve(struct mf_server *server, int fd) {
         return ENOMEM;
     connection->server = server;
     connection->writer = NULL;
+    connection->leans = false;
     mf_stream_open(&connection->stream, fd, PEER_NS);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
@@ -476,7 +487,8 @@ int mf_server_connections(struct mf_server *server) {
 void mf_server_cut(struct mf_server *server) {
     pthread_mutex_lock(&server->mutex);
     for (struct connection *c = server->all; c; c = c->next)
-        shutdown(c->stream.fd, SHUT_RDWR);
+        if (atomic_load(&c->leans))
+            shutdown(c->stream.fd, SHUT_RDWR);
     pthread_mutex_unlock(&server->mutex);
 }
 

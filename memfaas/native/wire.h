@@ -72,7 +72,9 @@ struct mf_server;
 struct mf_server *mf_server_new(struct mf_memory *memory);
 int mf_server_serve(struct mf_server *server, int fd);
 int mf_server_connections(struct mf_server *server);
-void mf_server_cut(struct mf_server *server); /* the connections that there are now */
+/* Ends the connections whose peer may keep an operation from coming to its end. Their requests can be made
+ * again; an atomic's, which cannot, waits for nobody. */
+void mf_server_cut(struct mf_server *server);
 bool mf_server_stop(struct mf_server *server, int64_t timeout_ns);
 void mf_server_free(struct mf_server *server);
 

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,7 @@ class Residence:
         self.size = size
         self.lease = BareLease(kind, size)
         self._all = [self.lease]
+        self._wires: list[socket.socket] = []
 
     def move(self, *, rounds: int = 3, between: Callable[[], object] = lambda: None) -> None:
         """And the memory is taken away from where it was."""
@@ -62,17 +63,32 @@ class Residence:
         if isinstance(link, ShmLink):
             assert reason == REVOKED
             return self.lease.shm_link()
-        return self.lease.tcp_link()
+        return self.tcp_link()
+
+    def tcp_link(self) -> TcpLink:
+        link = TcpLink(self.lease.timeout_s)
+        wire = self.lease.connect()
+        self._wires.append(wire.dup())
+        link.add(wire.detach())
+        return link
+
+    def break_connections(self) -> None:
+        """All that are open, wherever they are in their work."""
+        for wire in self._wires:
+            with suppress(OSError):  # some have ended
+                wire.shutdown(socket.SHUT_RDWR)
 
     def store(self, fabric: str) -> BareStore:
         def repair(store: BareStore, reason: int) -> None:
             store._set_link(0, self.follow(store, reason))
 
         store = BareStore(self.lease.memory.part_size, repair)
-        store._set_link(0, self.lease.shm_link() if fabric == "shm" else self.lease.tcp_link())
+        store._set_link(0, self.lease.shm_link() if fabric == "shm" else self.tcp_link())
         return store
 
     def close(self) -> None:
+        for wire in self._wires:
+            wire.close()
         for lease in self._all:
             lease.close()
 
@@ -146,14 +162,14 @@ def assert_whole_and_empties(lease: BareLease, store: BareStore) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_busy_shard_moves_with_all_that_was_acknowledged(cut: bool) -> None:
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_busy_shard_moves_with_all_that_was_acknowledged(breaks: bool) -> None:
     with residence("shard", SHARD) as home:
         stop = threading.Event()
         users = [Busy(home.store(fabric), i, stop) for i, fabric in enumerate(("shm", "tcp", "shm", "tcp"))]
         for _ in range(6):
             time.sleep(0.1)
-            home.move(rounds=4, between=home.lease.server.cut if cut else lambda: None)
+            home.move(rounds=4, between=home.break_connections if breaks else lambda: None)
         stop.set()
         for user in users:
             user.join()
@@ -199,7 +215,7 @@ def _all_places(data: bytes, what: bytes) -> Iterator[int]:
 
 _REQUEST = struct.Struct("<BBBBIIIQQQQ")
 _REPLY = struct.Struct("<BBHIQQQ")
-_RESUME = 10
+_WRITE, _RESUME = 7, 10
 
 
 def did_it(sock: socket.socket, writer: int, number: int) -> bool:
@@ -295,6 +311,36 @@ class FollowingRegion(RegionCore):
 
     def _repair(self, shard: int, reason: int, attempt: int) -> None:
         self._set_link(self._home.follow(self, reason))
+
+
+class Unbroken(FollowingRegion):
+    """Whose connection must never break."""
+
+    def _repair(self, shard: int, reason: int, attempt: int) -> None:
+        assert reason == FROZEN
+        super()._repair(shard, reason, attempt)
+
+
+def test_a_slow_client_costs_no_other_its_connection() -> None:
+    """Whoever waits for the answer to an atomic could not know whether it happened."""
+    with residence("region", REGION) as home, home.lease.connect() as slow:
+        memory = home.lease.memory
+        at_work, idle = Unbroken(home, "tcp"), Unbroken(home, "tcp")
+        assert at_work.fetch_add(0, 1) == 0
+        slow.sendall(_REQUEST.pack(_WRITE, 0, 0, 0, 0, 0, 0, 1000, 8, 0, 0) + b"not all of it")
+        while memory.drain(0.0):
+            time.sleep(0.001)
+        assert memory.freeze()
+        seen: list[int] = []
+        thread = threading.Thread(target=lambda: seen.append(at_work.fetch_add(0, 1)))
+        thread.start()
+        assert not memory.drain(0.05)
+        home.lease.server.cut()
+        assert memory.drain(LIMIT_S)
+        assert memory.thaw()
+        thread.join()
+        assert seen == [1]
+        assert idle.fetch_add(0, 0) == 2
 
 
 COUNTERS = [0, 8, (256 << 10) - 4096 - 8, (256 << 10) - 4096, REGION // 8 * 8 - 8]
