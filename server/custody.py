@@ -6,7 +6,9 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -48,6 +50,7 @@ _MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -126,6 +129,7 @@ class Custody:
         self._linked = trio.Event()
         self._lock = trio.Lock()
         self._free = trio.Event()
+        self._cut: memory.Cut | None = None
         self._operations = (trio.current_time(), 0)
         self._deaths: list[float] = []
 
@@ -343,31 +347,37 @@ class Custody:
                 return  # it was ended before
             freed = self._free.is_set() or await self._stop_function(reason)
             if not freed:
-                await self._cut_off(count=False)
+                await self._cut_off(keep_index=False)
             await self._close()
             logger.info("lease %s: its memory is given back: %s", self.name, reason)
 
     async def evict(self, reason: str) -> int:
-        """Like `end`, but at once and without help of its function, which may hang.
+        """Like `end`, but at once and without help of its function, which may hang; see `Holding.evict`.
 
-        Returns the keys that were dropped as their store asked for.
+        Of a cache its index goes last: to count the keys in it takes longer than to free all the rest.
         """
         if not self._descriptors or self._free.is_set():
             return 0
-        arriving = self.state == "arriving"
-        self.state = "ending"
         with trio.CancelScope(shield=True):
-            keys, before = await self._cut_off(count=may_drop(self._spec))
-            self._free.set()
-            if arriving and before == "serving":  # it had come just now, and was nowhere else any more
-                self._on_arrived(self)
+            keys = await self._evict(reason)
+        return keys
+
+    async def _evict(self, reason: str) -> int:
+        keys, cut = 0, self._cut
+        if cut is None:
+            cut = self._cut = await self._cut_off(keep_index=may_drop(self._spec))
+            if cut.index is not None:
+                return 0
+        elif cut.index is not None:
+            keys = await self._with_memory(partial(memory.cut_off_index, cut.index))
+        self._free.set()
         logger.info("lease %s: evicted: %s", self.name, reason)
         notice = LeaseGone(
             lease=self._spec.lease,
             reason=reason,
             dropped=keys if may_drop(self._spec) else None,
             # What was not even frozen has not been sent whole.
-            spec=self._spec if before == "serving" else None,
+            spec=self._spec if cut.before == "serving" else None,
         )
         self._on_evicted(self, notice)
         return keys
@@ -401,31 +411,23 @@ class Custody:
         finally:
             await link.process.kill()
 
-    async def _cut_off(self, *, count: bool) -> tuple[int, _native.State]:
-        """What the function would have done: clients that map the memory see that it is revoked.
+    async def _cut_off(self, *, keep_index: bool) -> memory.Cut:
+        """What the function would have done: clients that map the memory see that it is revoked."""
+        arriving = self.state == "arriving"
+        self.state = "ending"
+        cut = await self._with_memory(partial(memory.cut_off, keep_index=keep_index))
+        if cut.index is not None:
+            self._size, self.punched = self._size - cut.size, 0
+        if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more
+            self._on_arrived(self)
+        return cut
 
-        Returns how many keys there were, if they are to be counted, and the state before.
-        """
+    async def _with_memory(self, work: Callable[[int, int], T]) -> T:
+        """Does work in a thread with data and control memory."""
         # Copies: ours may be closed, and their numbers be used again, while the kernel frees the pages.
         data, control = (os.dup(descriptor) for descriptor in self._descriptors[:2])
         try:
-            return await trio.to_thread.run_sync(_cut_off, data, control, count)
+            return await trio.to_thread.run_sync(work, data, control)
         finally:
             os.close(data)
             os.close(control)
-
-
-def _cut_off(data: int, control: int, count: bool) -> tuple[int, _native.State]:
-    keys = 0
-    before: _native.State = "revoked"
-    try:
-        mapped = _native.Memory(data, control)
-        try:
-            keys = mapped.stats()["keys"] if count else 0
-            before = mapped.revoke()
-        finally:
-            mapped.close()
-    except (OSError, ValueError) as error:  # it was never formatted
-        logger.debug("a lease was cut off without a notice: %s", error)
-    os.ftruncate(data, 0)
-    return keys, before

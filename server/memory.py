@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from memfaas import _native
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Kind, Memory
-from memfaas.units import format_size
+from memfaas.units import MIB, format_size
+
+_HUGE_PAGE = 2 * MIB
+
+logger = logging.getLogger(__name__)
 
 
 def make(kind: Kind, size: int, name: str, backing: Path | None = None) -> tuple[int, int]:
@@ -87,6 +93,54 @@ def check_backing(folder: Path) -> None:
 def populated(data: int) -> int:
     """Bytes of a lease's memory that are backed by pages, or by blocks of the disk."""
     return os.fstat(data).st_blocks * 512
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Memory of a lease that was cut off."""
+
+    before: _native.State
+    """Of the memory, "revoked" also when there was none."""
+    size: int
+    """Bytes of data that are gone."""
+    index: _native.Memory | None
+    """What is left, if it was to be kept, for `cut_off_index`."""
+
+
+def cut_off(data: int, control: int, *, keep_index: bool) -> Cut:
+    """Revokes memory, so that every operation on it ends, and then frees the data; of a shard all but its index,
+    if that is kept. Blocks while the kernel frees the pages."""
+    before: _native.State = "revoked"
+    index = None
+    left, size = 0, os.fstat(data).st_size
+    try:
+        mapped = _native.Memory(data, control)
+    except (OSError, ValueError) as error:  # it was never formatted, or was cut off before
+        logger.debug("a lease was cut off without a notice: %s", error)
+    else:
+        before = mapped.revoke()
+        if keep_index:
+            index, left = mapped, _end_of_index(mapped)
+        else:
+            mapped.close()
+    os.ftruncate(data, left)
+    return Cut(before, size - left, index)
+
+
+def _end_of_index(shard: _native.Memory) -> int:
+    """Behind it there is nothing but values, and no half of a 2 MiB page, which the kernel would have to split."""
+    return -(-(shard.data_bytes - shard.size) // _HUGE_PAGE) * _HUGE_PAGE
+
+
+def cut_off_index(index: _native.Memory, data: int, control: int) -> int:
+    """Frees the rest, too; returns how many keys it had. Blocks."""
+    try:
+        return index.stats()["keys"]
+    except OSError:  # it is gone already
+        return 0
+    finally:
+        index.close()
+        os.ftruncate(data, 0)
 
 
 def check_room(memory: Memory, size: int, what: str) -> None:

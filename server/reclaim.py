@@ -326,9 +326,14 @@ class Reclaimer:
         self._nursery.start_soon(self._evict, debt, claim, holding.state, before, reason)
 
     async def _evict(self, debt: Debt, claim: Claim, state: HoldingState, before: Claim | None, reason: str) -> None:
-        spec = claim.holding.spec
+        holding, spec = claim.holding, claim.holding.spec
+        how: Step = _how_it_went(claim, state)
+        pause = 0.0
         try:
-            keys = await claim.holding.evict(reason)
+            keys = await holding.evict(reason)
+            while holding.bytes > 0:
+                self._pay_part(debt, claim, how)
+                keys = await holding.evict(reason)
         except MemfaasError as error:
             logger.error("%s could not be evicted: %s", describe(spec), error)
             debt.stuck.add(spec.lease)
@@ -340,14 +345,19 @@ class Reclaimer:
             await before.ended.wait()
         if before is not None and before.moved is not None:  # it had just made it
             how, pause = _how(before), before.moved.pause
-        else:
-            how, pause = _how_it_went(claim, state), 0.0
         if how == "lost":
             logger.error("%s is lost: %s", describe(spec), reason)
         elif how == "dropped":
             logger.info("%s is dropped with %d keys: %s", describe(spec), keys, reason)
         if self._ledger.release(claim):
             self._ledger.pay(debt, claim.size, how, spec, pause)
+        self._wake()
+
+    def _pay_part(self, debt: Debt, claim: Claim, how: Step) -> None:
+        """What of it is free already; the one who waits need not wait for the rest if that is enough."""
+        freed = claim.size - claim.holding.bytes
+        claim.size -= freed
+        self._ledger.pay(debt, freed, how, claim.holding.spec)
         self._wake()
 
 

@@ -63,7 +63,8 @@ class Holding(Protocol):
     async def evict(self, reason: str) -> int:
         """Gives its memory back at once, whatever state it is in; returns how many keys were dropped by policy.
 
-        Returns when the memory is free; does nothing when it is free already. Raises MemfaasError when it cannot.
+        Returns when the memory is free, or most of it: to be called again as long as `bytes` are left. Does nothing
+        when it is free already. Raises MemfaasError when it cannot.
         """
 
 

@@ -16,7 +16,7 @@ from memfaas.errors import UsageError
 from memfaas.messages import Reclaimed
 from memfaas.server.reclaim import Reclaimer
 from memfaas.units import GIB, MIB
-from tests.server.holdings import MoveFate, Node, PunchFate
+from tests.server.holdings import MoveFate, Node, PunchFate, SimulatedLease
 
 RATE = GIB
 EVICT_S = 0.02
@@ -36,6 +36,17 @@ async def reclaimer(node: Node, nursery: trio.Nursery) -> Reclaimer:
 
 def steps(result: Reclaimed) -> list[tuple[str, int]]:
     return [(one.how, one.size // MIB) for one in result.steps]
+
+
+class Cache(SimulatedLease):
+    """Its last 100 MiB are freed only when it is evicted a second time."""
+
+    async def evict(self, reason: str) -> int:
+        if self.bytes <= 100 * MIB:
+            return await super().evict(reason)
+        await trio.sleep((self.bytes - 100 * MIB) / self.node.rate)
+        self.bytes, self.state = 100 * MIB, "ending"
+        return 0
 
 
 # --- the order of steps ---------------------------------------------------------------------------
@@ -130,6 +141,27 @@ async def test_a_store_that_says_drop_is_dropped_at_once(
     assert steps(result) == [("dropped", 1000)]
     assert lease.moves_begun == 0
     assert result.seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "parts", "seconds"), [(500, [900], 0.9), (950, [900, 100], 1.0)], ids=["a part", "all"]
+)
+async def test_who_needs_less_than_all_of_a_cache_does_not_wait_for_its_index(
+    node: Node,
+    reclaimer: Reclaimer,
+    nursery: trio.Nursery,
+    autojump_clock: MockClock,
+    asked: int,
+    parts: list[int],
+    seconds: float,
+) -> None:
+    lease = node.leases[0] = Cache(**vars(node.lend(1000 * MIB, on_reclaim="drop")))
+    result = await reclaimer.reclaim(asked * MIB, 10.0, "job 17")
+    assert steps(result) == [("dropped", size) for size in parts]
+    assert result.seconds == pytest.approx(seconds * 1000 * MIB / RATE, abs=0.002)
+    assert reclaimer.used == (1000 - sum(parts)) * MIB
+    await trio.sleep(1)
+    assert (lease.bytes, lease.ends, reclaimer.used) == (0, ["evicted"], 0)
 
 
 async def test_a_lease_that_is_still_arriving_is_refused_before_any_leaves(
