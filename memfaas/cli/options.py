@@ -14,12 +14,12 @@ S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def settings_options(role: type[S], leave_out: tuple[str, ...] = ()) -> Callable[[F], F]:
-    """Adds a role's flags to a command. Their values come as text; `load` makes settings of them."""
+def settings_options(role: type[S], only: tuple[str, ...] | None = None) -> Callable[[F], F]:
+    """Adds a role's flags to a command, or `only` some. Their values come as text; `load` makes settings of them."""
 
     def add(command: F) -> F:
         for option in reversed(config.options(role)):
-            if option.name in leave_out:
+            if only is not None and option.name not in only:
                 continue
             origin = f"default: {option.default}; environment: {' or '.join(option.env)}; file: [{option.section}]"
             command = click.option(

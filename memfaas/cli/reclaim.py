@@ -49,9 +49,8 @@ _local_option = click.option(
 
 def _connection_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Those of a client, who always is the operator, and where a donor on this node is found."""
-    everything = ("broker", "name", "memory", "headroom", "backing", "listen_host", "secret_file", "warm")
-    command = settings_options(DonorSettings, leave_out=everything)(command)
-    return settings_options(ClientSettings, leave_out=("tenant", "fabric"))(command)
+    command = settings_options(DonorSettings, only=("runtime_dir",))(command)
+    return settings_options(ClientSettings, only=("broker", "secret_file", "timeout"))(command)
 
 
 @click.command()

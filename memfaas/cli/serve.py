@@ -13,7 +13,7 @@ from typing import Any
 import click
 import trio
 
-from memfaas import auth
+from memfaas import auth, config
 from memfaas.addresses import DEFAULT_PORT, Address, parse_address
 from memfaas.auth import DEFAULT_SECRET_FILE
 from memfaas.cli.options import load, settings_options
@@ -104,7 +104,7 @@ def donor(until_eof: bool, **given: Any) -> None:
 
 @click.command()
 @settings_options(BrokerSettings)
-@settings_options(DonorSettings, leave_out=("broker", "listen_host", "secret_file"))
+@settings_options(DonorSettings, only=("name", "memory", "headroom", "backing", "runtime_dir", "warm"))
 def up(**given: Any) -> None:
     """Run a broker and a donor on this machine, in the foreground.
 
@@ -116,8 +116,7 @@ def up(**given: Any) -> None:
     """
     from memfaas.server import process
 
-    names = ("listen_host", "listen_port", "secret_file", "lease_ttl")
-    settings = load(BrokerSettings, {name: given.pop(name) for name in names})
+    settings = load(BrokerSettings, {option.name: given.pop(option.name) for option in config.options(BrokerSettings)})
     auth.create_secret(settings.secret_file)
     trio.run(process.until_signal, lambda: _up(settings, given))
     click.echo("memfaas: stopped; all memory is free again", err=True)
@@ -175,7 +174,7 @@ def _say_up(address: Address, *, offered: int, **_: Any) -> None:
 @click.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-@settings_options(BrokerSettings, leave_out=("listen_host", "listen_port", "lease_ttl"))
+@settings_options(BrokerSettings, only=("secret_file",))
 def tenant(name: str, file: Path, **given: Any) -> None:
     """Write a key FILE with which its reader can be the tenant NAME, and nobody else.
 

@@ -58,7 +58,7 @@ def slurm() -> None:
 @click.option(
     "--keys", default=_KEYS, show_default=True, metavar="DIR", help="With --stores: where each node keeps jobs' keys."
 )
-@settings_options(DonorSettings, leave_out=("name", "memory", "headroom", "listen_host", "warm"))
+@settings_options(DonorSettings, only=("broker", "runtime_dir", "secret_file"))
 def install(folder: str, deadline: str, slurm_conf: str, with_stores: bool, keys: str, **given: Any) -> None:
     """Write the hooks of Slurm, and print what slurm.conf must have to use them.
 
@@ -103,7 +103,7 @@ def install(folder: str, deadline: str, slurm_conf: str, with_stores: bool, keys
     metavar="COMMAND",
     help="Run this for each idle node without a donor, with the node's name in the place of {}.",
 )
-@settings_options(ClientSettings, leave_out=("tenant", "fabric", "timeout"))
+@settings_options(ClientSettings, only=("broker", "secret_file"))
 def scan(as_json: bool, publish: bool, start: str | None, **given: Any) -> None:
     """Show what Slurm's nodes lend, and which idle nodes could.
 
