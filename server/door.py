@@ -134,7 +134,10 @@ class Door:
             await self._reaped.wait()
             self._reaped = trio.Event()
             while not await trio.to_thread.run_sync(self._memory.put_right, _PUT_RIGHT_S):
-                logger.warning("lease %s: an operation does not end, so what dead clients held stays held", self._name)
+                if self._memory.state == "serving":
+                    logger.warning(
+                        "lease %s: an operation does not end, so what dead clients held stays held", self._name
+                    )
 
     # --- tcp ------------------------------------------------------------------------------------
 

@@ -60,12 +60,14 @@ static void clear_pins(struct mf_memory *memory, uint32_t participant) {
     }
 }
 
+static bool is_gone(struct mf_memory *memory) { return atomic_load(&memory->control->state) == MF_STATE_REVOKED; }
+
 /* Waits until every operation that runs now has ended. */
 static bool quiesce(struct mf_memory *memory, int64_t deadline) {
     uint64_t until = atomic_load(&memory->control->epoch) + 2;
     while (atomic_load(&memory->control->epoch) < until)
         if (!mf_advance(memory)) {
-            if (mf_now() > deadline || atomic_load(&memory->control->state) == MF_STATE_REVOKED)
+            if (mf_now() > deadline || is_gone(memory))
                 return false;
             mf_nap(1000000);
         }
@@ -92,14 +94,29 @@ void mf_reap(struct mf_memory *memory, uint32_t participant) {
         atomic_store(&control->participants[participant].state, 0);
 }
 
-/* The rest, for all who have been reaped: frees what nobody leads to in the spans that they held.
- * ETIMEDOUT: an operation did not end; the spans stay the reaper's until the next call. */
-int mf_put_right(struct mf_memory *memory, int64_t deadline) {
-    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+/* Frozen memory is put right where it is served next, which may be here. False: it is frozen still. */
+static bool wait_while_frozen(struct mf_memory *memory, int64_t deadline) {
+    while (atomic_load(&memory->control->state) == MF_STATE_FROZEN) {
+        if (mf_now() > deadline)
+            return false;
+        mf_futex_wait(&memory->control->state, MF_STATE_FROZEN, deadline);
+    }
+    return true;
+}
+
+static int mark_linked(struct mf_memory *memory, const uint32_t *spans, uint32_t count, uint64_t *linked,
+                       int64_t deadline) {
+    int status;
+    do
+        status = mf_mark_linked(memory, spans, count, linked, deadline);
+    while (status == MF_FROZEN && wait_while_frozen(memory, deadline));
+    return status;
+}
+
+static int put_right(struct mf_memory *memory, int64_t deadline) {
     struct mf_control *control = memory->control;
     uint32_t spans = (uint32_t)memory->at.spans, count = 0;
     int error = 0;
-    pthread_mutex_lock(&one_at_a_time);
     for (uint32_t i = 0; i < spans; i++)
         count += atomic_load(&control->spans[i].holder) == MF_REAPER;
     if (count) {
@@ -110,13 +127,22 @@ int mf_put_right(struct mf_memory *memory, int64_t deadline) {
                 held[n++] = i;
         if (!held || !linked)
             error = ENOMEM;
-        else if (mf_mark_linked(memory, held, n, linked, deadline) != MF_OK || !quiesce(memory, deadline))
+        else if (mark_linked(memory, held, n, linked, deadline) != MF_OK || !quiesce(memory, deadline))
             error = ETIMEDOUT;
         for (uint32_t i = 0; !error && i < n; i++)
             mf_span_free_unlinked(memory, held[i], linked + (size_t)i * MF_SPAN_WORDS);
         free(held);
         free(linked);
     }
-    pthread_mutex_unlock(&one_at_a_time);
     return error;
+}
+
+/* The rest, for all who have been reaped: frees what nobody leads to in the spans that they held.
+ * ETIMEDOUT: an operation did not end, or the memory is frozen; the spans stay the reaper's until the next call. */
+int mf_put_right(struct mf_memory *memory, int64_t deadline) {
+    static pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&one_at_a_time);
+    int error = put_right(memory, deadline);
+    pthread_mutex_unlock(&one_at_a_time);
+    return is_gone(memory) ? 0 : error;
 }

@@ -215,7 +215,7 @@ def _all_places(data: bytes, what: bytes) -> Iterator[int]:
 
 _REQUEST = struct.Struct("<BBBBIIIQQQQ")
 _REPLY = struct.Struct("<BBHIQQQ")
-_WRITE, _RESUME = 7, 10
+_PUT, _WRITE, _RESUME = 2, 7, 10
 
 
 def did_it(sock: socket.socket, writer: int, number: int) -> bool:
@@ -298,6 +298,39 @@ def test_the_newest_connections_are_known_longest() -> None:
             for writer in range(2 * records, 2 * records + 200):
                 assert not did_it(asking_there, writer, 1)
             assert did_it(asking_there, *cable.writer())
+
+
+# --- what the dead left --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["served", "gone"])
+def test_frozen_memory_is_put_right_when_it_is_served_again_or_gone(end: str) -> None:
+    with residence("shard", SHARD) as home, home.lease.connect() as slow:
+        memory, spans = home.lease.memory, home.lease.memory.stats()["free_spans"]
+        slow.sendall(_REQUEST.pack(_PUT, 0, 0, 0, 3, 0, 0, 1 << 20, 77, 1, 0) + b"key" + b"some of the value")
+        while memory.stats()["free_spans"] == spans:
+            time.sleep(0.001)
+        arrival = Arrival("shard", SHARD)
+        memory.copy_all()
+        assert memory.freeze()
+        assert memory.drain(LIMIT_S)
+        memory.copy_rest(arrival.fileno(), LIMIT_S)  # with what is held there, and never linked here
+        arrival.wait()
+        there = arrival.lease.memory
+        done: list[bool] = []
+        thread = threading.Thread(target=lambda: done.append(there.put_right(LIMIT_S)))
+        thread.start()
+        thread.join(0.1)
+        assert done == []
+        if end == "served":
+            assert there.thaw()
+        else:
+            there.revoke()
+        thread.join()
+        assert done == [True]
+        if end == "served":
+            assert there.stats()["free_spans"] == spans
+        arrival.lease.close()
 
 
 # --- regions ------------------------------------------------------------------------------------------
