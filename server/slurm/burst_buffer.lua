@@ -8,7 +8,8 @@
 
 local call = @CALL@ -- stores.py with its options, for a shell
 local broker = @BROKER@
-local keys = @KEYS@ -- folder in which each node's Prolog writes the key files of jobs
+local store = @STORE@ -- its name; %s is the job
+local key = @KEY@ -- the file that each node's Prolog writes for a job
 local pools = @POOLS@ -- file that says what the pool has
 
 -- Words for a shell, each quoted.
@@ -66,8 +67,8 @@ end
 function slurm_bb_paths(job_id, job_script, path_file)
     local file = io.open(path_file, "w")
     file:write("MEMFAAS_BROKER=", broker, "\n")
-    file:write("MEMFAAS_STORE=slurm-", job_id, "\n")
-    file:write("MEMFAAS_SECRET_FILE=", keys, "/job-", job_id, ".key\n")
+    file:write("MEMFAAS_STORE=", string.format(store, job_id), "\n")
+    file:write("MEMFAAS_SECRET_FILE=", string.format(key, job_id), "\n")
     file:close()
     return slurm.SUCCESS
 end

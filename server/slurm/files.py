@@ -14,7 +14,9 @@ from pathlib import Path
 
 from memfaas.addresses import Address
 from memfaas.errors import UsageError
-from memfaas.server.slurm.stores import GRANULE
+from memfaas.local_agent import SOCKET
+from memfaas.server.slurm.keys import path_of
+from memfaas.server.slurm.stores import GRANULE, store_of
 
 _HOOKS = {
     "PrologSlurmctld": (
@@ -108,7 +110,7 @@ def _make_state(plan: Plan) -> None:
 
 def _guard(plan: Plan) -> str:
     """A line by which a node that lends nothing loses no time."""
-    return f'[ -S {shlex.quote(str(plan.runtime_dir))}/"$SLURMD_NODENAME"/agent.sock ] || exit 0'
+    return f'[ -S {shlex.quote(str(plan.runtime_dir))}/"$SLURMD_NODENAME"/{SOCKET} ] || exit 0'
 
 
 def _hook(plan: Plan, which: str, what: str, guard: str) -> str:
@@ -138,7 +140,9 @@ def _burst_buffer(plan: Plan, keys: Path) -> str:
         "burst_buffer.lua",
         CALL=_lua(shlex.join(call)),
         BROKER=_lua(str(Address(plan.broker.host, plan.broker.port))),
-        KEYS=_lua(str(keys)),
+        # The job's number is filled in by Lua.
+        STORE=_lua(store_of("%s")),
+        KEY=_lua(str(path_of(Path(str(keys).replace("%", "%%")), "%s"))),
         POOLS=_lua(str(plan.pools)),
         GRANULE=str(GRANULE),
     )

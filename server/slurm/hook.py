@@ -21,10 +21,10 @@ from pathlib import Path
 import trio
 
 from memfaas import auth
-from memfaas.addresses import Address, parse_address
+from memfaas.addresses import Address
 from memfaas.errors import MemfaasError
 from memfaas.local_agent import SOCKET
-from memfaas.server.slurm import jobs, keys, reclaim
+from memfaas.server.slurm import ask, jobs, keys, reclaim
 
 _SYSLOG = Path("/dev/log")
 
@@ -43,8 +43,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="memfaas.server.slurm.hook")
     parser.add_argument("which", choices=["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
-    parser.add_argument("--broker", type=parse_address, required=True)
-    parser.add_argument("--secret-file", type=Path, required=True)
+    ask.add_options(parser)
     parser.add_argument("--deadline", type=float, required=True, help="seconds that a donor has to free memory")
     parser.add_argument("--limit", type=float, required=True, help="seconds that this hook may take")
     parser.add_argument("--runtime-dir", type=Path, required=True, help="runtime folder of the donors")
@@ -88,8 +87,7 @@ async def _run(options: argparse.Namespace) -> None:
                 _write_key(options, job)
                 await _on_node(options, job)
             case "epilog":
-                if options.keys is not None:
-                    keys.remove(options.keys, job)
+                _remove_key(options, job)
                 await _on_node(options, job)
     except MemfaasError as error:
         logger.warning("job %s: %s: %s", job, options.which, error)
@@ -107,8 +105,7 @@ async def _on_node(options: argparse.Namespace, job: str) -> None:
 
 
 def _broker(options: argparse.Namespace) -> tuple[Address, auth.Credentials]:
-    secret = auth.read_secret(options.broker.secret_file or options.secret_file)
-    return options.broker, auth.Credentials.of_tenant(secret, auth.OPERATOR)
+    return options.broker, auth.Credentials.of_tenant(ask.read_secret(options), auth.OPERATOR)
 
 
 def _write_key(options: argparse.Namespace, job: str) -> None:
@@ -116,11 +113,23 @@ def _write_key(options: argparse.Namespace, job: str) -> None:
     if options.keys is None:
         return
     try:
-        secret = auth.read_secret(options.broker.secret_file or options.secret_file)
         uid, gid = int(os.environ["SLURM_JOB_UID"]), int(os.environ["SLURM_JOB_GID"])
-        keys.write(options.keys, job, uid, gid, secret)
+    except (KeyError, ValueError):
+        logger.warning("job %s: no key file: Slurm did not say whose job it is", job)
+        return
+    try:
+        keys.write(options.keys, job, uid, gid, ask.read_secret(options))
     except MemfaasError as error:
         logger.warning("job %s: no key file: %s", job, error)
+
+
+def _remove_key(options: argparse.Namespace, job: str) -> None:
+    if options.keys is None:
+        return
+    try:
+        keys.remove(options.keys, job)
+    except OSError as error:
+        logger.warning("job %s: its key file stays: %s", job, error)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from memfaas import auth
-from memfaas.addresses import Address, parse_address
+from memfaas.addresses import Address
 from memfaas.errors import CapacityError, MemfaasError, UnknownStore
 from memfaas.messages import (
     CloseSession,
@@ -131,8 +131,7 @@ async def _run(options: argparse.Namespace, stores: Stores) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="memfaas.server.slurm.stores")
-    parser.add_argument("--broker", type=parse_address, required=True)
-    parser.add_argument("--secret-file", type=Path, required=True)
+    ask.add_options(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder in which to keep whose stores there are")
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("pools").add_argument("file", type=Path)
@@ -154,8 +153,7 @@ def main() -> None:
     """Exit status 0, or 1 and the reason on the standard output, which Slurm shows to the job's user."""
     options = _options()
     try:
-        secret = auth.read_secret(options.broker.secret_file or options.secret_file)
-        trio.run(_run, options, Stores(options.broker, secret, options.state))
+        trio.run(_run, options, Stores(options.broker, ask.read_secret(options), options.state))
     except (MemfaasError, OSError) as error:
         print(f"memfaas: {error}")
         sys.exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from memfaas.cli import main
+from memfaas.server.slurm import keys, stores
 
 
 def install(folder: Path, *more: str) -> tuple[int, str, str]:
@@ -63,6 +65,16 @@ def test_the_state_of_stores_belongs_to_whom_the_controller_runs_as(tmp_path: Pa
 def test_nothing_is_left_to_be_filled_in(tmp_path: Path) -> None:
     install(tmp_path, "--stores")
     assert [name for name, text in files(tmp_path).items() if "@" in text] == []
+
+
+def test_a_job_is_told_of_the_store_and_the_key_that_the_hooks_make(tmp_path: Path) -> None:
+    folder = tmp_path / "100%"
+    folder.mkdir()
+    install(folder, "--stores", "--keys", str(folder / "keys"))
+    script = (folder / "burst_buffer.lua").read_text()
+    form = dict(re.findall(r'^local (store|key) = "(.*)" --', script, re.MULTILINE))
+    assert form["store"] % 17 == stores.store_of("17")
+    assert form["key"] % 17 == str(keys.path_of(folder / "keys", "17"))
 
 
 @pytest.mark.parametrize("which", ["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])

@@ -7,13 +7,14 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from memfaas import auth, rpc
+from memfaas import auth, local_agent, rpc
 from memfaas.addresses import Address
 from memfaas.errors import BrokerUnavailable, MemfaasError, TransportError, UsageError
 from memfaas.messages import Done, FreedBytes, Lend, Message, Reclaim, Reclaimed
@@ -217,6 +218,18 @@ def run_hook(folder: Path, which: str, *more: str, **variables: str) -> subproce
     )
 
 
+ON_NODE1 = {"SLURM_JOB_ID": "17", "SLURMD_NODENAME": "node1"}
+
+
+@contextmanager
+def donor_that_is_gone(home: Path) -> Iterator[None]:
+    """It has left its socket, so a hook that comes to ask the donor says that none answers."""
+    home.mkdir()
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(home / local_agent.SOCKET))
+        yield
+
+
 @pytest.mark.parametrize("which", ["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
 def test_a_hook_succeeds_whatever_is_missing(tmp_path: Path, which: str) -> None:
     for variables in ({}, {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "a[", "SLURMD_NODENAME": "node1"}):
@@ -247,3 +260,19 @@ def test_the_key_of_a_job_is_for_its_user_alone(tmp_path: Path) -> None:
     assert auth.read_credentials(keys.path_of(folder, "17")) == auth.Credentials.of_tenant(secret, "root")
     run_hook(tmp_path, "epilog", f"--keys={folder}", **variables)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("user", [{}, {"SLURM_JOB_UID": "root", "SLURM_JOB_GID": "0"}, {"SLURM_JOB_UID": "0"}])
+def test_a_job_whose_user_is_not_told_gets_its_memory_all_the_same(tmp_path: Path, user: dict[str, str]) -> None:
+    with donor_that_is_gone(tmp_path / "node1"):
+        done = run_hook(tmp_path, "prolog", f"--keys={tmp_path / 'keys'}", **ON_NODE1, **user)
+    assert "job 17: no key file: Slurm did not say whose job it is" in done.stderr
+    assert "no donor answers" in done.stderr
+
+
+def test_a_key_file_that_cannot_be_removed_keeps_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "keys" / "job-17.key").mkdir(parents=True)
+    with donor_that_is_gone(tmp_path / "node1"):
+        done = run_hook(tmp_path, "epilog", f"--keys={tmp_path / 'keys'}", **ON_NODE1)
+    assert "job 17: its key file stays" in done.stderr
+    assert "no donor answers" in done.stderr
