@@ -42,15 +42,16 @@ class Governor:
     The donor could lend `available + populated - headroom` without ever cutting into the headroom. When
     it offers more, memory is taken back, and the margin with it. It is lent again when that much, and
     the margin, was there all the time for a while, step by step. Who takes back what was just lent waits
-    twice as long the next time.
+    twice as long the next time, of `calm_s` at first (seconds).
     """
 
-    def __init__(self, headroom: int, now: Callable[[], float]) -> None:
+    def __init__(self, headroom: int, now: Callable[[], float], *, calm_s: float = CALM_S) -> None:
         self._headroom = headroom
         self._margin = margin(headroom)
         self._now = now
-        self._calm_s = CALM_S
-        self._wait_s = CALM_S
+        self._first_calm_s = calm_s
+        self._calm_s = calm_s
+        self._wait_s = calm_s
         self._since = now()
         self._least: int | None = None
         """The least that could be lent since then."""
@@ -80,7 +81,7 @@ class Governor:
     def _take(self, size: int) -> int:
         if self._lent_at is not None:
             soon = self._now() - self._lent_at < _LONGEST_CALM_S
-            self._calm_s = min(2 * self._calm_s, _LONGEST_CALM_S) if soon else CALM_S
+            self._calm_s = min(2 * self._calm_s, _LONGEST_CALM_S) if soon else self._first_calm_s
         self._lent_at = None
         self._wait_s = self._calm_s
         self._begin()

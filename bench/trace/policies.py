@@ -16,10 +16,14 @@ class Policy:
     on_reclaim: OnReclaim = "migrate"
     headroom: int = GIB
     """Of each node, never lent."""
-    deadline: float = 1.0
-    """For the memory of a job that begins."""
+    deadline: float = 10.0
+    """For the memory of a job that begins; as `memfaas slurm install` has it."""
     settle: float = 0.0
     """After so long a donor lends again what a job had that has ended."""
+    calm: float = 60.0
+    """After so long it lends again what running jobs had touched and gave back."""
+    activity_counts: int = 1
+    """Of leases that would do as well as each other, the least active ones leave first; -1: the most active, 0: any."""
     moves_at_once: int = 4
     """Of one reclaim."""
     spill: float = 0.0
@@ -30,7 +34,7 @@ class Policy:
     """Bytes per second that a kernel takes back: pages of 2 MiB, or of 4 KiB."""
     store: int = 128 * GIB
     """Of each store; it has up to 64 shards."""
-    demand: float = 0.6
+    demand: float = 0.8
     """Stores that are wanted, as a share of the memory that is free on average."""
 
 
@@ -46,12 +50,18 @@ def variants() -> list[Policy]:
         replace(DEFAULT, name="headroom 4 GiB", headroom=4 * GIB),
         replace(DEFAULT, name="headroom 16 GiB", headroom=16 * GIB),
         replace(DEFAULT, name="settle 5 min", settle=300.0),
+        replace(DEFAULT, name="calm 10 s", calm=10.0),
+        replace(DEFAULT, name="calm 10 min", calm=600.0),
         replace(DEFAULT, name="deadline 250 ms", deadline=0.25),
-        replace(DEFAULT, name="deadline 10 s", deadline=10.0),
+        replace(DEFAULT, name="deadline 1 s", deadline=1.0),
+        replace(DEFAULT, name="deadline 3 s", deadline=3.0),
+        replace(DEFAULT, name="most active leave", activity_counts=-1),
+        replace(DEFAULT, name="any leave", activity_counts=0),
         replace(DEFAULT, name="1 move at once", moves_at_once=1),
         replace(DEFAULT, name="16 moves at once", moves_at_once=16),
         replace(DEFAULT, name="4 KiB pages", free_rate=4.0 * GIB),
         replace(DEFAULT, name="1 GiB/s link", link=1.0 * GIB),
         replace(DEFAULT, name="stores of 512 GiB", store=512 * GIB),
-        replace(DEFAULT, name="demand 80%", demand=0.8),
+        replace(DEFAULT, name="demand 60%", demand=0.6),
+        replace(DEFAULT, name="demand 95%", demand=0.95),
     ]

@@ -31,7 +31,7 @@ from memfaas.messages import (
     StoreOpened,
 )
 from memfaas.server.simulation.cluster import Client, Cluster, Speeds
-from memfaas.server.simulation.donor import Node, SimulatedDonor
+from memfaas.server.simulation.donor import Node, Rules, SimulatedDonor
 from memfaas.units import GIB
 
 SPILL_RATE = 2.0 * GIB
@@ -87,7 +87,7 @@ class _Replay:
         if spilled:
             nodes += [Node(f"scratch{number}", spilled, 0, 0, spill=True) for number in range(SPILL_NODES)]
         speeds = Speeds(link=policy.link, free=policy.free_rate, spill=SPILL_RATE)
-        self._cluster = Cluster(nodes, speeds, moves_at_once=policy.moves_at_once)
+        self._cluster = Cluster(nodes, speeds, Rules(policy.moves_at_once, policy.calm, policy.activity_counts))
         self._donors = [self._cluster.donors[_name(number)] for number in range(len(timeline.sizes))]
         self._operator = Client(self._cluster.broker, auth.OPERATOR)
         self._outcome = Outcome(policy, len(timeline.sizes), timeline.seconds)

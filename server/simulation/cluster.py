@@ -13,10 +13,9 @@ from memfaas.errors import ProtocolError
 from memfaas.messages import LeaseGone, Message, OpenSession, Renew, Renewed, SessionOpened
 from memfaas.server.broker import SETTLE_S, Broker
 from memfaas.server.donors import DonorPeer
-from memfaas.server.reclaim import MOVES_AT_ONCE
 from memfaas.server.sessions import SessionPeer
 from memfaas.server.simulation.channel import DirectChannel
-from memfaas.server.simulation.donor import Node, SimulatedDonor
+from memfaas.server.simulation.donor import AS_IT_IS, Node, Rules, SimulatedDonor
 from memfaas.server.simulation.network import Network
 
 TTL_S = 3600.0
@@ -81,7 +80,7 @@ class Client:
 class Cluster:
     """Within `run`."""
 
-    def __init__(self, nodes: Sequence[Node], speeds: Speeds, *, moves_at_once: int = MOVES_AT_ONCE) -> None:
+    def __init__(self, nodes: Sequence[Node], speeds: Speeds, rules: Rules = AS_IT_IS) -> None:
         self.broker = Broker(_SECRET, TTL_S)
         self.network = Network(speeds.link)
         self.donors: dict[str, SimulatedDonor] = {}
@@ -92,7 +91,7 @@ class Cluster:
                 self.broker.placer.cost,
                 self.donors.__getitem__,
                 free_rate=speeds.free,
-                moves_at_once=moves_at_once,
+                rules=rules,
             )
             if node.spill:
                 self.network.slow_down(node.name, speeds.spill)

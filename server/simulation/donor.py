@@ -29,9 +29,9 @@ from memfaas.messages import (
     Register,
     Registered,
 )
-from memfaas.server.governor import PAUSE_S, Governor, Reading, margin
+from memfaas.server.governor import CALM_S, PAUSE_S, Governor, Reading, margin
 from memfaas.server.pressure import DEADLINE_S, HOLDER
-from memfaas.server.reclaim import Reclaimer
+from memfaas.server.reclaim import MOVES_AT_ONCE, Reclaimer
 from memfaas.server.simulation.channel import DirectChannel
 from memfaas.server.simulation.lease import SimulatedLease
 from memfaas.server.simulation.network import Network
@@ -54,6 +54,21 @@ class Node:
     spill: bool = False
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What can be tried otherwise than it is."""
+
+    moves_at_once: int = MOVES_AT_ONCE
+    """Of one reclaim."""
+    calm_s: float = CALM_S
+    """Seconds after which a donor lends again what programs that nobody announced had."""
+    activity_counts: int = 1
+    """Of leases that would do as well as each other, the least active ones leave first; -1: the most active, 0: any."""
+
+
+AS_IT_IS = Rules()
+
+
 class SimulatedDonor:
     """`cost` gives what a lease takes, `free_rate` what the kernel takes back, in bytes per second."""
 
@@ -65,13 +80,14 @@ class SimulatedDonor:
         neighbour: Callable[[str], SimulatedDonor],
         *,
         free_rate: float,
-        moves_at_once: int,
+        rules: Rules,
     ) -> None:
         self.node = node
         self.name = node.name
         self.network = network
         self.cost = cost
         self.neighbour = neighbour
+        self.rules = rules
         self.used = node.base
         """Bytes that are in use on the node, without what is lent."""
         self.leases: dict[bytes, SimulatedLease] = {}
@@ -81,9 +97,9 @@ class SimulatedDonor:
             lambda: list(self.leases.values()),
             nominal=max(0, node.size - node.base - (0 if node.spill else node.headroom + margin(node.headroom))),
             evict_rate=int(free_rate),
-            moves_at_once=moves_at_once,
+            moves_at_once=rules.moves_at_once,
         )
-        self._governor = Governor(node.headroom, trio.current_time)
+        self._governor = Governor(node.headroom, trio.current_time, calm_s=rules.calm_s)
         self._free_rate = free_rate
         self._freeing = trio.Lock()
         self._channel: DirectChannel

@@ -64,7 +64,7 @@ class SimulatedLease:
         return 0 if self.gone.is_set() else self._size - self.punched
 
     def activity(self) -> float:
-        return self.load.writes / _VALUE
+        return self._donor.rules.activity_counts * self.load.writes / _VALUE
 
     # --- smaller and larger -------------------------------------------------------------------------
 
