@@ -300,12 +300,15 @@ class Agent:
 
     async def reclaim(self, message: Reclaim) -> Reclaimed:
         """Raises UsageError."""
+        _check_holder(message.holder)
         self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
         reclaimed = await self._reclaimer.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
         self._reservations_changed()
         return reclaimed
 
     async def lend(self, message: Lend) -> Done:
+        """Raises UsageError."""
+        _check_holder(message.holder)
         self._reclaimer.lend(message.holder)
         self._reservations_changed()
         await self._report()  # who has our answer may ask the broker for the room at once
@@ -505,6 +508,12 @@ class _DeskPeer:
 
     def on_notice(self, message: Message) -> None:
         raise ProtocolError(f"a donor is told no {type(message).__name__}")
+
+
+def _check_holder(holder: str) -> None:
+    if holder == HOLDER:
+        # What the watch took back is lent again bit by bit, and forgotten by the next agent.
+        raise UsageError(f"the holder {HOLDER!r} is the donor itself, when its node is short of memory; take another")
 
 
 def _differs(old: DonorReport, new: DonorReport) -> bool:

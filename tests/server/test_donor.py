@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfaas import _native, fabric, messages
-from memfaas.errors import CapacityError, LeaseLost
+from memfaas import _native, auth, fabric, local_agent, messages
+from memfaas.errors import CapacityError, LeaseLost, UsageError
+from memfaas.server import pressure
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
 from tests.server.support import (
@@ -346,6 +347,21 @@ async def test_a_grant_that_would_cut_into_the_headroom_is_refused(
         error = await refusal(ann.open_region(1 << 45))
         assert isinstance(error, CapacityError)
         await ann.open_region()
+
+
+async def test_nobody_takes_memory_back_in_the_name_of_the_donors_own_watch(served: Served, folder: Path) -> None:
+    requests: list[tuple[messages.Message, type[messages.Message]]] = [
+        (messages.Reclaim(donor="d", size=MIB, deadline=1.0, holder=pressure.HOLDER), messages.Reclaimed),
+        (messages.Lend(donor="d", holder=pressure.HOLDER), messages.Done),
+    ]
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        for message, reply in requests:
+            with pytest.raises(UsageError, match="'pressure'"):
+                await operator.ask(message, reply)
+            with pytest.raises(UsageError, match="'pressure'"):
+                await local_agent.ask(donor.home, message, reply, LIMIT_S)
+        (info,) = (await operator.status()).donors
+        assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
 
 
 async def test_an_agent_that_has_nothing_to_lend_says_so(served: Served, folder: Path) -> None:
