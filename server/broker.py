@@ -217,21 +217,21 @@ class Broker:
     # --- granting -------------------------------------------------------------------------------
 
     async def create_store(self, session: bytes, tenant: str, request: OpenStore, size: int) -> Store | None:
-        """A new store with all its shards granted; None when another has begun one of that name.
+        """A new store with all its shards granted; None when another has begun one of that name, or ended ours.
 
         Raises CapacityError, TransportError, ClosedError.
         """
-        excluded: set[str] = set()
-        for more in reversed(range(_GRANT_ROUNDS)):
+
+        async def begin(excluded: set[str]) -> list[Lease]:
             try:
                 placement = await self._place(lambda rooms: self.placer.store(size, rooms), excluded)
             except CapacityError:
                 if self.tables.find_store(tenant, request.name) is None:
                     raise
-                break  # the room went to a store of this very name, which another session has begun
+                return []  # the room went to a store of this very name, which another session has begun
             self._check_open(session)
             if self.tables.find_store(tenant, request.name) is not None:
-                break
+                return []
             spec = StoreSpec(
                 store=secrets.token_bytes(16),
                 name=request.name,
@@ -243,33 +243,34 @@ class Broker:
                 compression=request.compression,
                 on_reclaim=request.on_reclaim,
             )
-            leases = self.tables.begin_store(session, spec, placement.donors)
-            failure = await self._grant(leases, excluded)
-            if failure is None:
-                logger.info("store %s of %s: made, %d shards on %s", spec.name, tenant, spec.shards, placement.donors)
-                self.announce()
-                return self.tables.stores[spec.store]
-            await self.carry_out(self.tables.abandon_store(spec.store, f"it could not be granted: {failure}"))
-            if not more:
-                raise failure
-        return None
+            return self.tables.begin_store(session, spec, placement.donors)
+
+        def undo(leases: list[Lease], reason: str) -> Outcome:
+            return self.tables.abandon_store(_store_of(leases), reason)
+
+        leases = await self._begin(begin, undo)
+        store = self.tables.stores.get(_store_of(leases)) if leases else None
+        if store is None:
+            return None
+        donors = [lease.donor for lease in leases]
+        logger.info("store %s of %s: made, %d shards on %s", request.name, tenant, len(leases), donors)
+        self.announce()
+        return store
 
     async def create_region(self, session: bytes, tenant: str, size: int) -> Lease:
         """A new region, granted. Raises like `create_store`."""
-        excluded: set[str] = set()
-        rounds = 0
-        while True:
+
+        async def begin(excluded: set[str]) -> list[Lease]:
             donor = await self._place(lambda rooms: self.placer.region(size, rooms), excluded)
             self._check_open(session)
-            lease = self.tables.begin_region(session, tenant, secrets.token_bytes(16), size, donor)
-            failure = await self._grant([lease], excluded)
-            if failure is None:
-                logger.info("lease %s of %s: granted on %s", lease.spec.lease.hex()[:8], tenant, donor)
-                return lease
-            await self.carry_out(self.tables.abandon_region(lease.spec.lease, f"it could not be granted: {failure}"))
-            rounds += 1
-            if rounds == _GRANT_ROUNDS:
-                raise failure
+            return [self.tables.begin_region(session, tenant, secrets.token_bytes(16), size, donor)]
+
+        def undo(leases: list[Lease], reason: str) -> Outcome:
+            return self.tables.abandon_region(leases[0].spec.lease, reason)
+
+        (lease,) = await self._begin(begin, undo)
+        logger.info("lease %s of %s: granted on %s", lease.spec.lease.hex()[:8], tenant, lease.donor)
+        return lease
 
     def _check_open(self, session: bytes) -> None:
         if session not in self.tables.sessions:
@@ -277,22 +278,40 @@ class Broker:
 
     async def regrant(self, lease: Lease) -> None:
         """A shard that was dropped gets memory anew, and is empty. Raises CapacityError, TransportError."""
-        excluded: set[str] = set()
-        rounds = 0
-        while lease.state is State.DROPPED:
+
+        async def begin(excluded: set[str]) -> list[Lease]:
+            if lease.state is not State.DROPPED:
+                return []
             donor = await self.place_lease(lease, excluded)
             if lease.state is not State.DROPPED or self.tables.leases.get(lease.spec.lease) is not lease:
-                return  # somebody was quicker, or its store is over
+                return []  # somebody was quicker, or its store is over
             self.tables.begin_again(lease, donor)
-            failure = await self._grant([lease], excluded)
+            return [lease]
+
+        def undo(leases: list[Lease], reason: str) -> Outcome:
+            return self.tables.not_begun_again(lease, reason)
+
+        if await self._begin(begin, undo):
+            logger.info("lease %s: granted anew on %s", lease.spec.lease.hex()[:8], lease.donor)
+            self.announce()
+
+    async def _begin(
+        self, begin: Callable[[set[str]], Awaitable[list[Lease]]], undo: Callable[[list[Lease], str], Outcome]
+    ) -> list[Lease]:
+        """Begins leases, somewhere but on those donors, and has them granted; some times, until that succeeds.
+
+        Nothing is returned when `begin` finds nothing to do. Raises what `begin` does, and what the donors do.
+        """
+        excluded: set[str] = set()
+        failure: MemfaasError | None = None
+        for _ in range(_GRANT_ROUNDS):
+            leases = await begin(excluded)
+            failure = await self._grant(leases, excluded)
             if failure is None:
-                logger.info("lease %s: granted anew on %s", lease.spec.lease.hex()[:8], donor)
-                self.announce()
-                return
-            await self.carry_out(self.tables.not_begun_again(lease, f"it could not be granted: {failure}"))
-            rounds += 1
-            if rounds == _GRANT_ROUNDS:
-                raise failure
+                return leases
+            await self.carry_out(undo(leases, f"it could not be granted: {failure}"))
+        assert failure is not None
+        raise failure
 
     async def place_lease(self, lease: Lease, excluded: set[str], until: float = math.inf) -> str:
         """A donor for a lease that nobody has, or for a copy of one. Raises CapacityError."""
@@ -408,6 +427,12 @@ class Broker:
             await channel.aclose()  # when it registers again it is told once more
         else:
             self.tables.freed(freeing.donor, freeing.lease, freed.memory)
+
+
+def _store_of(shards: list[Lease]) -> bytes:
+    spec = shards[0].spec.store
+    assert spec is not None
+    return spec.store
 
 
 async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = process.announce) -> None:
