@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import msgspec
 import trio
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from memfaas import auth, local_agent
 from memfaas.cli.options import load, settings_options
-from memfaas.cli.status import make_console, make_table
+from memfaas.cli.status import as_builtins, make_console, make_table
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings, DonorSettings
 from memfaas.errors import UsageError
@@ -145,14 +144,6 @@ def _named(node: str | None) -> str:
 
 
 # --- what came of it ----------------------------------------------------------------------------------
-
-
-def as_builtins(answer: Reclaimed) -> Any:
-    """For JSON: identities are hexadecimal."""
-    plain = msgspec.to_builtins(answer, builtin_types=(bytes,))
-    for step in plain["steps"]:
-        step["lease"] = step["lease"].hex()
-    return plain
 
 
 def report(answer: Reclaimed) -> RenderableType:

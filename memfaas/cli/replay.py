@@ -1,4 +1,8 @@
-"""Replays a machine's jobs on a simulated cluster: its nodes are donors, and stores use what they lend."""
+"""Replays a machine's jobs on a simulated cluster: its nodes are donors, and stores use what they lend.
+
+This is no command. It is here because it puts `bench.trace` and `server.simulation` together, and `bench` may not
+import `server`.
+"""
 
 from __future__ import annotations
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import trio
-from rich.table import Table
 
 from memfaas import _accept as accept
 from memfaas import auth
 from memfaas.cli.options import load, settings_options
-from memfaas.cli.status import make_console
+from memfaas.cli.status import make_console, make_table
 from memfaas.config import ClientSettings, DonorSettings
 from memfaas.errors import MemfaasError, UsageError
 from memfaas.units import format_size
@@ -39,7 +38,7 @@ def slurm() -> None:
     default="10s",
     show_default=True,
     metavar="DURATION",
-    help="How long donors have to free a job's memory. The job starts 3 s later at the latest.",
+    help="How long donors have to free a job's memory. 3 s later a hook gives up, and lets the job start.",
 )
 @click.option(
     "--slurm-conf",
@@ -159,12 +158,7 @@ def _facts(found: Scan) -> list[dict[str, Any]]:
 
 
 def _show(found: Scan) -> None:
-    table = Table(title="nodes", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("node", "state"):
-        table.add_column(column, header_style="dim")
-    for column in ("memory", "of jobs", "lent", "leased", "taken back"):
-        table.add_column(column, justify="right", no_wrap=True, header_style="dim")
-    table.add_column("")
+    table = make_table("nodes", "node", "state", ">memory", ">of jobs", ">lent", ">leased", ">taken back", "")
     for node in found.nodes:
         donor = found.donors.get(node.name)
         shown = ["-", "-", "-"]

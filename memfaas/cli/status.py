@@ -17,7 +17,7 @@ from memfaas.cli.options import load, settings_options
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
 from memfaas.errors import TransportError
-from memfaas.messages import StatusReport
+from memfaas.messages import Message, StatusReport
 from memfaas.units import format_duration, format_size
 
 WATCH_EVERY_S = 1.0
@@ -76,7 +76,7 @@ def _watch(session: Session, address: str) -> None:
             time.sleep(WATCH_EVERY_S)
 
 
-def as_builtins(report: StatusReport) -> Any:
+def as_builtins(message: Message) -> Any:
     """For JSON: identities are hexadecimal."""
 
     def plain(value: Any) -> Any:
@@ -86,7 +86,7 @@ def as_builtins(report: StatusReport) -> Any:
             return [plain(item) for item in value]
         return value.hex() if isinstance(value, bytes) else value
 
-    return plain(msgspec.to_builtins(report, builtin_types=(bytes,)))
+    return plain(msgspec.to_builtins(message, builtin_types=(bytes,)))
 
 
 def tables(report: StatusReport, address: str) -> RenderableType:
@@ -101,7 +101,7 @@ def tables(report: StatusReport, address: str) -> RenderableType:
 
 
 def donor_table(report: StatusReport) -> Table:
-    sizes = (">at most", ">leased", ">backed", ">available", ">headroom")
+    sizes = (">offered", ">leased", ">populated", ">available", ">headroom")
     table = make_table("donors", "donor", "host", "lends", *sizes, ">leases", "taken back")
     for one in report.donors:
         memory = one.memory

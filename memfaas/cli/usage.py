@@ -104,7 +104,7 @@ def tables(report: UsageReport) -> RenderableType:
 
 
 def _used(report: UsageReport) -> Table:
-    table = make_table("used, in GiB·h", "tenant", "donor", ">leased", ">backed")
+    table = make_table("used, in GiB·h", "tenant", "donor", ">leased", ">populated")
     for tenant in dict.fromkeys(one.tenant for one in report.tenants):
         rows = [one for one in report.tenants if one.tenant == tenant and one.leased > 0]
         for one in rows:
