@@ -35,6 +35,8 @@ _MOST = 0.8
 """Of the memory, by the step that is measured: some of a full shard is free, and is punched out before it goes."""
 _PATIENCE_S = 120.0
 _POLL_S = 50e-6
+_POLL_SHARE = 0.005
+"""Of the time until now, between looks: they take a processor, which on a small machine the kernel lacks then."""
 _LATE_S = 0.05
 """A busy machine may not let us look for so long."""
 _MARK = "BENCH_RECLAIM_OF"
@@ -213,7 +215,7 @@ class _Watch:
     def _look(self) -> None:
         while not self._stop.is_set():
             self.look()
-            time.sleep(_POLL_S)
+            time.sleep(max(_POLL_S, _POLL_SHARE * (time.perf_counter() - self._seen[0][0])))
 
     def look(self) -> None:
         now = backed(self._files)
