@@ -101,8 +101,11 @@ class Reclaimer:
         earlier = [debt for debt in self._ledger.debts if debt.holder == holder] if in_all else []
         more = max(0, size - self._ledger.reserved.get(holder, 0)) if in_all else size
         debt = self._ledger.borrow(holder, more, deadline_s)
-        self._nursery.start_soon(self._collect, debt)
-        await debt.ended.wait()
+        if debt.left > 0:
+            self._nursery.start_soon(self._collect, debt)
+            await debt.ended.wait()
+        else:
+            self._end(debt)
         with trio.move_on_at(debt.deadline):
             for one in earlier:
                 await one.ended.wait()
@@ -145,11 +148,11 @@ class Reclaimer:
                     await woken.wait()
                 self._ledger.settle()
         finally:
-            self._ledger.end(debt)
-            self._grow_back()
-            self._log(debt)
+            self._end(debt)
 
-    def _log(self, debt: Debt) -> None:
+    def _end(self, debt: Debt) -> None:
+        self._ledger.end(debt)
+        self._grow_back()
         done = debt.result(self._donor)
         logger.log(
             logging.INFO if done.in_time else logging.ERROR,
