@@ -144,8 +144,8 @@ class Agent:
                             memory.check_backing(self._settings.backing)
                         await self._nursery.start(self._reclaimer.run)
                         await self._adopt_all()
+                        self._reclaimer.restore(self._home.reserved())  # or what was cut out would grow back
                         self._reclaimer.nominal = self._offer()
-                        self._reclaimer.restore(self._home.reserved())
                         self._nursery.start_soon(self._report_changes)
                         self._nursery.start_soon(self._desk.run)
                         if self._settings.backing is None:
@@ -155,6 +155,7 @@ class Agent:
                                 self._settings.headroom,
                                 self._populated,
                                 self._reservations_changed,
+                                self._line.say,
                             )
                         await self._line.run()
                     except MemfaasError as error:
@@ -304,6 +305,13 @@ class Agent:
         self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
         reclaimed = await self._reclaimer.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
         self._reservations_changed()
+        return reclaimed
+
+    async def reclaim_for_neighbour(self, message: Reclaim) -> Reclaimed:
+        """As `reclaim`, for a program of this node, so that the broker has to be told. Raises UsageError."""
+        reclaimed = await self.reclaim(message)
+        if reclaimed.asked > 0:
+            self._nursery.start_soon(self._line.say, reclaimed)
         return reclaimed
 
     async def lend(self, message: Lend) -> Done:
@@ -501,7 +509,7 @@ class _DeskPeer:
                 # Whoever asked may have given up while this process stood still, and its `Lend` be done: then
                 # the connection has ended, and this is cancelled here.
                 await trio.lowlevel.checkpoint()
-                return await self._agent.reclaim(message)
+                return await self._agent.reclaim_for_neighbour(message)
             case Lend():
                 return await self._agent.lend(message)
         raise ProtocolError(f"a donor answers no {type(message).__name__} here")

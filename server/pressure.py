@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import trio
 
+from memfaas.messages import Reclaimed
 from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading
 from memfaas.server.reclaim import Reclaimer
@@ -162,12 +163,14 @@ async def watch_node(
     headroom: int,
     populated: Callable[[], int],
     on_change: Callable[[], None],
+    on_reclaimed: Callable[[Reclaimed], Awaitable[None]],
     *,
     proc: Path = Path("/proc"),
 ) -> None:
     """Takes memory back when the node has too little, and lends it again later; until cancelled.
 
-    `populated` says how many bytes leases have taken now, `on_change` is called when the offer has changed.
+    `populated` says how many bytes leases have taken now, `on_change` is called when the offer has changed,
+    and `on_reclaimed` with what came of it when memory was taken back.
     """
     governor = Governor(headroom, trio.current_time)
     gauge = Gauge(proc)
@@ -187,7 +190,7 @@ async def watch_node(
                             format_size(headroom),
                             format_size(-change),
                         )
-                        await nursery.start(_take_back, reclaimer, -change, on_change)
+                        await nursery.start(_take_back, reclaimer, -change, on_change, on_reclaimed)
                     elif change > 0:
                         logger.info("this node has memory again: lends %s more", format_size(change))
                         reclaimer.lend(HOLDER, change)
@@ -199,11 +202,16 @@ async def watch_node(
 
 
 async def _take_back(
-    reclaimer: Reclaimer, size: int, on_change: Callable[[], None], task_status: trio.TaskStatus[None]
+    reclaimer: Reclaimer,
+    size: int,
+    on_change: Callable[[], None],
+    on_reclaimed: Callable[[Reclaimed], Awaitable[None]],
+    task_status: trio.TaskStatus[None],
 ) -> None:
     task_status.started()  # who waits for this goes on when the offer is lower, and asks for nothing twice
-    await reclaimer.reclaim(size, DEADLINE_S, HOLDER)
+    reclaimed = await reclaimer.reclaim(size, DEADLINE_S, HOLDER)
     on_change()
+    await on_reclaimed(reclaimed)
 
 
 def _read(reclaimer: Reclaimer, available: int, populated: int) -> Reading:

@@ -364,6 +364,22 @@ async def test_nobody_takes_memory_back_in_the_name_of_the_donors_own_watch(serv
         assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
 
 
+async def test_the_broker_counts_what_programs_of_the_node_took_back(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        for size in (0, 3 * MIB):  # 0 only asks
+            request = messages.Reclaim(donor="d", size=size, deadline=1.0, holder="job 1")
+            answer = await local_agent.ask(donor.home, request, messages.Reclaimed, LIMIT_S)
+            assert answer.held == size
+
+        async def told() -> messages.DonorUsage:
+            return (await operator.ask(messages.AskUsage(), messages.UsageReport)).donors[0]
+
+        with trio.fail_after(LIMIT_S):
+            while (account := await told()).reclaims == 0:  # noqa: ASYNC110  # the broker sends no events of it
+                await trio.sleep(0.01)
+        assert (account.reclaims, account.reclaimed, account.in_time) == (1, 3 * MIB, 1)
+
+
 async def test_an_agent_that_has_nothing_to_lend_says_so(served: Served, folder: Path) -> None:
     donor = DonorProcess(served.port, folder, memory="auto", headroom="1000TiB")
     donor.launch()

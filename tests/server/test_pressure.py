@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from memfaas.messages import Reclaimed
 from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading, margin
 from memfaas.server.pressure import HOLDER, Gauge, Watch, pause_for, watch_node
@@ -136,16 +137,20 @@ async def test_a_node_that_gets_full_gets_its_memory_back_and_lends_it_again_lat
         node.lend(GIB)
     reclaimer = Reclaimer("d1", node.holdings, nominal=8 * GIB)
     changes: list[int] = []
+    told: list[Reclaimed] = []
     others = 0
 
     def populated() -> int:
         set_available(proc, 8 * GIB + HEADROOM + MARGIN - others - node.taken)
         return node.taken
 
+    async def tell(reclaimed: Reclaimed) -> None:
+        told.append(reclaimed)
+
     populated()
     await nursery.start(reclaimer.run)
     nursery.start_soon(
-        lambda: watch_node(reclaimer, HEADROOM, populated, lambda: changes.append(reclaimer.offered), proc=proc)
+        lambda: watch_node(reclaimer, HEADROOM, populated, lambda: changes.append(reclaimer.offered), tell, proc=proc)
     )
     await trio.sleep(30)
     assert (reclaimer.offered, changes) == (8 * GIB, [])
@@ -154,6 +159,8 @@ async def test_a_node_that_gets_full_gets_its_memory_back_and_lends_it_again_lat
     assert reclaimer.reserved == {HOLDER: 2 * MARGIN}
     assert node.taken == 7 * GIB
     assert changes == [8 * GIB - 2 * MARGIN]
+    (one,) = told
+    assert (one.donor, one.asked, one.freed, one.in_time) == ("d1", 2 * MARGIN, GIB, True)
     others = 0
     await trio.sleep(300)
     assert reclaimer.reserved == {}
