@@ -73,7 +73,8 @@ class Memory:
     part_size: int
     """Bytes of the largest value that one block chain of this shard takes."""
     def populate(self, limit: int) -> int:
-        """Backs up to `limit` more bytes with locked pages. Returns the bytes backed in all.
+        """Backs up to `limit` more bytes with locked pages, without what is punched. Returns how far it has come,
+        which is `data_bytes` in the end.
 
         MemoryError when the system has no memory; PermissionError when RLIMIT_MEMLOCK forbids the lock
         (pages are then backed but not locked, and the next calls go on without locking)."""
@@ -109,6 +110,8 @@ class Memory:
         Waits up to the timeout for what was freed just now."""
     def unpunch(self) -> None:
         """What was punched may be used again."""
+    def punched(self) -> int:
+        """Bytes that were punched, perhaps before this process began to serve."""
     def attach(self, pid: int, start_time: int) -> int:
         """Registers a process that maps the memory; returns its participant number (>= 1).
 
@@ -119,8 +122,8 @@ class Memory:
         Never waits, so that one dead participant does not keep another one's locks closed.
         `reap(0)` cleans up after a killed function, before the new one serves. Then call put_right."""
     def put_right(self, timeout_s: float) -> bool:
-        """Frees what those reaped had taken but not linked. It waits for the operations that run now;
-        False when one did not end in time: call it again later, until then that memory is unused."""
+        """Frees what those reaped had taken but not linked. It waits for the operations that run now, and while
+        the memory is frozen; False when time is up: call it again later, until then that memory is unused."""
     def participants(self) -> list[tuple[int, int, int]]:
         """(participant, pid, start_time) of those attached."""
     def stats(self) -> dict[str, int]: ...

@@ -227,6 +227,10 @@ cdef class Memory:
         self.check()
         mf_unpunch(&self.memory)
 
+    def punched(self):
+        self.check()
+        return mf_punched(&self.memory)
+
     def attach(self, uint32_t pid, uint64_t start_time):
         cdef uint32_t participant
         self.check()

@@ -181,6 +181,8 @@ class Custody:
         """
         if link is None:
             link = await self._start(nursery, pool, fresh=True)
+        else:
+            self._count_punched()
         task_status.started()
         try:
             while link is not None:
@@ -323,14 +325,23 @@ class Custody:
     async def punch(self, size: int) -> int:
         """Gives free bytes back to the kernel; see `Holding.punch`."""
         link = await self._function(_PUNCH_S)
-        punched = (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
-        self.punched += punched
-        return punched
+        try:
+            return (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
+        finally:
+            self._count_punched()
 
     async def unpunch(self) -> None:
         link = await self._function(_PUNCH_S)
-        await link.channel.request(Unpunch(), Done, _PUNCH_S)
-        self.punched = 0
+        try:
+            await link.channel.request(Unpunch(), Done, _PUNCH_S)
+        finally:
+            self._count_punched()
+
+    def _count_punched(self) -> None:
+        """Whoever had it done, and whether or not its function could still say so: it stands in the memory."""
+        with self._mapped() as mapped:
+            if mapped is not None:
+                self.punched = mapped.punched()
 
     # --- ending it ------------------------------------------------------------------------------
 

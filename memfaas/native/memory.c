@@ -141,27 +141,42 @@ void mf_unmap(struct mf_memory *memory) {
     munmap(memory->control, memory->control_bytes);
 }
 
-int mf_populate(struct mf_memory *memory, size_t limit) {
-    size_t left = memory->at.data_bytes - memory->populated;
-    if (limit > left)
-        limit = left;
-    if (limit == 0)
-        return 0;
-    uint8_t *from = memory->data + memory->populated;
+static int back(struct mf_memory *memory, uint64_t from, uint64_t to) {
     int error = 0;
     if (!memory->unlocked) {
-        if (memory->populated == 0)
-            mlock(memory->control, memory->control_bytes);
-        if (mlock(from, limit) == 0) {
-            memory->populated += limit;
+        if (mlock(memory->data + from, to - from) == 0)
             return 0;
-        }
         error = EPERM; /* reported once; the pages are still populated below */
         memory->unlocked = true;
     }
-    if (madvise(from, limit, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
+    if (madvise(memory->data + from, to - from, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
         return errno == EFAULT || errno == EHWPOISON ? ENOMEM : errno;
-    memory->populated += limit;
+    return error;
+}
+
+/* What is punched is somebody else's now, also when it was punched before this process began to serve. */
+static bool is_punched(struct mf_memory *memory, uint64_t at) {
+    return memory->at.kind == MF_SHARD && at >= memory->at.heap && at - memory->at.heap < memory->at.size &&
+           atomic_load(&memory->control->spans[(at - memory->at.heap) / MF_SPAN].holder) == MF_PUNCHED;
+}
+
+int mf_populate(struct mf_memory *memory, size_t limit) {
+    uint64_t from = memory->populated, left = memory->at.data_bytes - from;
+    uint64_t end = from + (limit < left ? limit : left);
+    int error = 0;
+    if (from == 0 && !memory->unlocked)
+        mlock(memory->control, memory->control_bytes);
+    while (!error && from < end) {
+        bool punched = is_punched(memory, from);
+        uint64_t to = from;
+        do
+            to = to / MF_SPAN * MF_SPAN + MF_SPAN;
+        while (to < end && is_punched(memory, to) == punched);
+        to = to < end ? to : end;
+        error = punched ? 0 : back(memory, from, to);
+        if (!error || error == EPERM)
+            memory->populated = from = to;
+    }
     return error;
 }
 

@@ -59,8 +59,19 @@ uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t
     return freed < limit ? freed + punch(memory, data_fd, limit - freed, 1) : freed;
 }
 
+static bool is_punched(struct mf_memory *memory, uint32_t span) {
+    return atomic_load(&memory->control->spans[span].holder) == MF_PUNCHED;
+}
+
 void mf_unpunch(struct mf_memory *memory) {
     for (uint32_t i = 0; i < memory->at.spans; i++)
-        if (atomic_load(&memory->control->spans[i].holder) == MF_PUNCHED)
+        if (is_punched(memory, i))
             mf_span_settle(memory, i);
+}
+
+uint64_t mf_punched(struct mf_memory *memory) {
+    uint64_t spans = 0;
+    for (uint32_t i = 0; i < memory->at.spans; i++)
+        spans += is_punched(memory, i);
+    return spans * MF_SPAN;
 }

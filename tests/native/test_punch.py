@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from memfaas._native import ShmLink, TcpLink
+from memfaas._native import Memory, ShmLink, TcpLink
 from memfaas.errors import KeyAbsent, StoreFull
 from memfaas.testing import fsck
 from memfaas.testing.lease import Arrival, BareLease, BareStore, fill_and_empty, move
@@ -188,6 +188,23 @@ def test_what_is_cut_stays_so_when_the_function_is_started_again(lease: BareLeas
     lease.memory.unpunch()
     assert lease.memory.stats()["free_spans"] == SIZE // SPAN
     fill_and_empty(store)
+
+
+def test_what_is_punched_has_no_pages_when_another_function_populates_the_rest(lease: BareLease) -> None:
+    lease.memory.punch(lease.data_fd, SPAN, PATIENCE_S)  # less than a page of 2 MiB, too
+    lease.memory.punch(lease.data_fd, SIZE // 2, PATIENCE_S)
+    punched, before = holes(lease), backed(lease)
+    assert lease.memory.punched() == sum(length for _, length in punched)
+    memory = Memory(lease.data_fd, lease.control_fd)
+    while True:
+        with suppress(PermissionError):  # once
+            if memory.populate(5 * SPAN + 4096) == memory.data_bytes:
+                break
+    assert holes(lease) == punched
+    assert backed(lease) == before
+    memory.unpunch()
+    assert (memory.punched(), lease.memory.punched()) == (0, 0)
+    memory.close()
 
 
 class Owner(threading.Thread):
