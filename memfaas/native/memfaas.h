@@ -75,7 +75,7 @@ struct mf_memory {
     size_t control_bytes;
     uint32_t participant;
     uint32_t generation; /* of fork */
-    size_t populated;
+    size_t populated; /* as far as that is done, from the start of DATA */
     bool unlocked;
     _Atomic uint32_t cursor[MF_CLASSES]; /* span last used for a class, by this process */
 };
@@ -257,6 +257,7 @@ void mf_set_epoch(struct mf_memory *memory, uint64_t epoch);
 /* punch.c: up to `limit` bytes of free spans back to the kernel. */
 uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline);
 void mf_unpunch(struct mf_memory *memory);
+uint64_t mf_punched(struct mf_memory *memory); /* bytes */
 bool mf_sweep(struct mf_memory *memory, int64_t deadline); /* heap.c: empty spans become unassigned */
 bool mf_take_unassigned(struct mf_memory *memory, uint32_t span, uint32_t holder);
 void mf_span_adopt(struct mf_memory *memory, uint32_t span, unsigned class_, const uint64_t *alloc, bool held);

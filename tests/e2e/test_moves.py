@@ -325,6 +325,37 @@ def test_all_agents_and_the_broker_die_during_moves(pair: LocalCluster, tmp_path
         scene.nothing_is_lost()
 
 
+def test_a_new_agent_knows_what_was_cut_out_of_a_lease() -> None:
+    """Else it would believe that it still owes those bytes, and take them once more."""
+    with (
+        LocalCluster(donors=1, memory=160 * MIB) as cluster,
+        operator(cluster.address) as session,
+        memfaas.connect(cluster.address) as user,
+    ):
+        store = user.store("s", size="96MiB")
+        kept = Ledger(store, 40, 100_000)
+        reclaimed = session.reclaim("donor0", 96 * MIB, PATIENT_S, "job")
+        assert {part.how for part in reclaimed.steps} == {"unlent", "punched"}
+
+        def leased() -> int:
+            (donor,) = session.status().donors
+            return donor.memory.leased if donor.connected else 0
+
+        until(lambda: leased() <= 64 * MIB)
+        before = leased()
+        cluster.kill_donor(0)
+        cluster.restart_donor(0)
+        until(lambda: leased() > 0)
+        assert leased() == before
+        (function,) = moves.functions_of(cluster)
+        kill(function.pid)
+        assert kept.missing(store) == []
+        assert leased() == before
+        session.lend("donor0", "job")
+        until(lambda: leased() > 96 * MIB)
+        assert kept.missing(store) == []
+
+
 # --- somebody hangs ---------------------------------------------------------------------------------------
 
 
