@@ -18,12 +18,14 @@ from pathlib import Path
 import click
 import msgspec
 import pytest
+from rich.console import Group
+from rich.table import Table
 
 import memfaas
 from memfaas import config, doctor, errors, messages
 from memfaas.bench import bars
 from memfaas.bench.plan import SIZES
-from memfaas.cli import main
+from memfaas.cli import main, status, usage
 from memfaas.units import format_size
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +206,23 @@ def test_the_table_of_status_fields_is_complete_and_true() -> None:
 
     rows = table_after("docs/operating.md", "What stands in it:")
     assert [field for field, _ in rows] == list(fields(messages.StatusReport))
+
+
+def test_tables_that_are_shown_have_the_columns_that_are_printed() -> None:
+    report = messages.StatusReport(uptime=0, donors=[], leases=[], stores=[], sessions=[])
+    donor = messages.DonorUsage(donor="d", offered=0, leased=0, reclaims=0, reclaimed=0, in_time=0)
+    counts = usage.tables(messages.UsageReport(since=0, now=0, tenants=[], donors=[donor]))
+    assert isinstance(counts, Group)
+    shown = {
+        "README.md": [status.donor_table(report), status.lease_table(report)],
+        "docs/usage.md": [table for table in counts.renderables if isinstance(table, Table)],
+    }
+    for page, tables in shown.items():
+        lines = (ROOT / page).read_text().splitlines()
+        assert len(tables) == 2
+        for table in tables:
+            head = lines[lines.index(str(table.title)) + 1]
+            assert head.split() == " ".join(str(column.header) for column in table.columns).split()
 
 
 def test_the_table_of_bars_is_complete_and_true() -> None:

@@ -82,7 +82,8 @@ def donor(until_eof: bool, **given: Any) -> None:
     """Lend memory of this node, in the foreground.
 
     It prints one line of JSON when it is ready. A donor that is stopped (Ctrl-C or SIGTERM) takes its
-    memory back. One that was killed and is started again finds its memory functions, which have gone
+    memory back, and what is there is lost: `memfaas reclaim` all of it first, and its leases move to other
+    donors. One that was killed and is started again finds its memory functions, which have gone
     on serving, and nothing is lost.
 
     \b
