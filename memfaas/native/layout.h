@@ -115,6 +115,7 @@ struct mf_writer {
     _Atomic uint32_t pending;
     _Atomic uint32_t unlinks;
     _Atomic uint64_t block;
+    _Atomic int64_t used; /* last, by mf_now; the least of them is given to another connection first */
 } __attribute__((aligned(64)));
 
 struct mf_participant {
@@ -147,7 +148,7 @@ struct mf_control {
     _Atomic uint32_t state __attribute__((aligned(64)));
     _Atomic uint64_t epoch __attribute__((aligned(64)));
     _Atomic uint32_t pin_top; /* no pin at or above this index was ever used */
-    _Atomic uint32_t next_writer;
+    uint32_t pad;
     struct mf_stripe stripes[MF_STRIPES];
     struct mf_pin pins[MF_PINS];
     struct mf_participant participants[MF_PARTICIPANTS];

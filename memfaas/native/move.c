@@ -27,7 +27,7 @@ enum kind { DATA = 1, SPANS, STRIPES, WRITERS, END };
 struct piece {
     uint32_t kind;
     uint32_t pad;
-    uint64_t offset; /* DATA: there; SPANS: the first one; WRITERS: the next to use; END: hash of the index */
+    uint64_t offset; /* DATA: there; SPANS: the first one; END: hash of the index */
     uint64_t length;
 };
 
@@ -185,19 +185,34 @@ static int send_stripes(struct mf_memory *memory, struct mf_copy *copy) {
     return send_piece(copy, STRIPES, 0, versions, sizeof versions);
 }
 
+struct known_writer {
+    struct writer_copy copy;
+    int64_t used;
+};
+
+static int by_use(const void *a, const void *b) {
+    const struct known_writer *one = a, *other = b;
+    return (one->used > other->used) - (one->used < other->used);
+}
+
 static int send_writers(struct mf_memory *memory, struct mf_copy *copy) {
+    struct known_writer *known = calloc(MF_WRITERS, sizeof *known);
     struct writer_copy *copies = calloc(MF_WRITERS, sizeof *copies);
     uint64_t count = 0;
-    if (!copies)
-        return ENOMEM;
-    /* Those that are used again first come first: also there the newest are to be kept longest. */
-    uint32_t next = atomic_load(&memory->control->next_writer);
-    for (uint32_t i = 0; i < MF_WRITERS; i++) {
-        struct mf_writer *writer = &memory->control->writers[(next + i) % MF_WRITERS];
+    int error = known && copies ? 0 : ENOMEM;
+    for (uint32_t i = 0; !error && i < MF_WRITERS; i++) {
+        struct mf_writer *writer = &memory->control->writers[i];
         if (atomic_load(&writer->id))
-            copies[count++] = (struct writer_copy){atomic_load(&writer->id), atomic_load(&writer->done)};
+            known[count++] = (struct known_writer){
+                {atomic_load(&writer->id), atomic_load(&writer->done)}, atomic_load(&writer->used)};
     }
-    int error = send_piece(copy, WRITERS, 0, copies, count * sizeof *copies);
+    if (!error) {
+        qsort(known, count, sizeof *known, by_use); /* in order, for there the clock is another one */
+        for (uint64_t i = 0; i < count; i++)
+            copies[i] = known[i].copy;
+        error = send_piece(copy, WRITERS, 0, copies, count * sizeof *copies);
+    }
+    free(known);
     free(copies);
     return error;
 }
@@ -283,8 +298,8 @@ static int receive_writers(struct mf_memory *memory, struct mf_copy *copy, const
     for (uint64_t i = 0; !error && i < count; i++) {
         atomic_store(&memory->control->writers[i].id, copies[i].id);
         atomic_store(&memory->control->writers[i].done, copies[i].done);
+        atomic_store(&memory->control->writers[i].used, i + 1); /* before all that is used here */
     }
-    atomic_store(&memory->control->next_writer, (uint32_t)count);
     return error;
 }
 

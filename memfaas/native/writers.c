@@ -16,28 +16,32 @@ static struct mf_writer *find(struct mf_memory *memory, uint64_t id) {
     return NULL;
 }
 
-/* A record for a new connection: those of connections long gone are used again, in turn. NULL when the
- * id has one already: then it was asked about (a fence), or it is another connection's. The caller sees
- * to it that nobody else is in here. */
+static void touch(struct mf_writer *writer) { atomic_store(&writer->used, mf_now()); }
+
+/* A record for a new connection: of those whose connections are gone, the one that was used least recently.
+ * NULL when the id has one already: then it was asked about (a fence), or it is another connection's. The
+ * caller sees to it that nobody else is in here. */
 struct mf_writer *mf_writer_open(struct mf_memory *memory, uint64_t id, const bool *in_use) {
     struct mf_writer *writers = memory->control->writers;
     if (find(memory, id))
         return NULL;
-    for (uint32_t tries = 0; tries < MF_WRITERS; tries++) {
-        uint32_t i = atomic_fetch_add(&memory->control->next_writer, 1) % MF_WRITERS;
-        if (in_use[i])
-            continue;
-        atomic_store(&writers[i].pending, 0);
-        atomic_store(&writers[i].done, 0);
-        atomic_store(&writers[i].id, id);
-        return &writers[i];
-    }
-    return NULL;
+    struct mf_writer *oldest = NULL;
+    for (uint32_t i = 0; i < MF_WRITERS; i++)
+        if (!in_use[i] && (!oldest || atomic_load(&writers[i].used) < atomic_load(&oldest->used)))
+            oldest = &writers[i];
+    if (!oldest)
+        return NULL;
+    atomic_store(&oldest->pending, 0);
+    atomic_store(&oldest->done, 0);
+    atomic_store(&oldest->id, id);
+    touch(oldest);
+    return oldest;
 }
 
 void mf_writer_intend(struct mf_op *op, uint64_t block, bool unlinks) {
     if (!op->writer)
         return;
+    touch(op->writer);
     atomic_store(&op->writer->block, block);
     atomic_store(&op->writer->unlinks, unlinks);
     atomic_store(&op->writer->pending, op->number);
@@ -64,6 +68,7 @@ bool mf_writer_asked(struct mf_memory *memory, uint64_t id, uint32_t number) {
     struct mf_writer *writer = find(memory, id);
     if (!writer)
         return false;
+    touch(writer);
     uint64_t done_ = atomic_load(&writer->done);
     uint32_t behind = (uint32_t)(done_ >> 32) - number;
     return behind < MF_REMEMBERED && done_ >> behind & 1;

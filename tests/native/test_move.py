@@ -215,7 +215,7 @@ def _all_places(data: bytes, what: bytes) -> Iterator[int]:
 
 _REQUEST = struct.Struct("<BBBBIIIQQQQ")
 _REPLY = struct.Struct("<BBHIQQQ")
-_PUT, _WRITE, _RESUME = 2, 7, 10
+_PUT, _DELETE, _WRITE, _RESUME = 2, 3, 7, 10
 
 
 def did_it(sock: socket.socket, writer: int, number: int) -> bool:
@@ -278,6 +278,41 @@ def test_a_change_whose_reply_was_lost_is_made_once(what: str, lose: str) -> Non
         assert home.lease is not first
         then = {"put": b"ours", "delete": None}[what] if lose == "request" else b"somebody else's"
         assert others.get_many([b"key"]) == [then]
+
+
+def test_the_connections_that_were_used_last_are_known_longest() -> None:
+    """However long ago they were opened."""
+    records = 4096
+    early = 10 * records
+    others = itertools.count(1)
+
+    def ask_about_others(sock: socket.socket, count: int) -> None:
+        for writer in itertools.islice(others, count):
+            assert not did_it(sock, writer, 1)
+
+    with residence("shard", 4 << 20) as home, home.lease.connect() as asking:
+        store = home.store("shm")
+        with home.lease.connect() as sock:
+            store.put(b"key", b"value")
+            delete_as(sock, early, 1)
+            ask_about_others(asking, records - 1)
+            store.put(b"key", b"value")
+            delete_as(sock, early, 2)
+        while home.lease.server.connections() > 1:
+            time.sleep(0.001)
+        for _ in range(3):
+            ask_about_others(asking, records - 10)
+            assert did_it(asking, early, 2)  # that is a use, too
+        home.move()
+        with home.lease.connect() as asking_there:
+            ask_about_others(asking_there, records - 10)
+            assert did_it(asking_there, early, 2)
+
+
+def delete_as(sock: socket.socket, writer: int, number: int) -> None:
+    sock.sendall(_REQUEST.pack(_DELETE, 0, 0, 0, 3, 0, 0, 0, writer, number, 0) + b"key")
+    status, *_ = _REPLY.unpack(sock.recv(_REPLY.size, socket.MSG_WAITALL))
+    assert status == 0
 
 
 def test_the_newest_connections_are_known_longest() -> None:
