@@ -228,13 +228,22 @@ void mf_span_free_unlinked(struct mf_memory *memory, uint32_t span, const uint64
 bool mf_in_limbo(struct mf_memory *memory, uint64_t offset);
 unsigned mf_span_block(struct mf_memory *memory, uint64_t offset, uint32_t *span);
 
-/* move.c. The writer of DATA notes where, after it wrote and before it unpins. */
+/* move.c. The writer of DATA notes where, after it wrote and before it unpins.
+ *
+ * Writer: bytes W, then mark loaded L, and stored D unless it is set. Copier: mark cleared C, fence, then bytes read R.
+ * What must not be is that the mark stays clear although R missed W. There are two ways to that: L found the mark set
+ * by somebody before C, so that there is no D; or D came before C in the order of the mark's changes. In both of them L
+ * read something older than C. C and L are seq_cst, so L is before C in the one order S of all such operations (had C been
+ * before L in S, L would have read C or something newer). W is before L in S if it is a seq_cst store itself, as that
+ * of a slot is, or if a seq_cst fence stands between the two; so W is before the copier's fence in S, and R, which comes
+ * after that, sees W. When L is relaxed this fails for a slot on machines (not x86) where a store may pass a later load.
+ *
+ * D may be relaxed: the last round of all comes after the drain, which has seen the pin cleared with release. */
 static inline void mf_note_chunk(struct mf_memory *memory, uint64_t chunk) {
-    if (atomic_load_explicit(&memory->written[chunk], memory_order_relaxed) != (MF_EVER | MF_DIRTY))
+    if (atomic_load(&memory->written[chunk]) != (MF_EVER | MF_DIRTY))
         atomic_store_explicit(&memory->written[chunk], MF_EVER | MF_DIRTY, memory_order_relaxed);
 }
 static inline void mf_note_written(struct mf_memory *memory, uint64_t offset, uint64_t length) {
-    /* The bytes must be out before we look: whoever copies clears the mark first, and then reads them. */
     atomic_thread_fence(memory_order_seq_cst);
     for (uint64_t chunk = offset / MF_SPAN; length && chunk <= (offset + length - 1) / MF_SPAN; chunk++)
         mf_note_chunk(memory, chunk);

@@ -114,7 +114,7 @@ void mf_copy_all(struct mf_memory *memory) {
 static bool claim(struct mf_memory *memory, uint64_t chunk) {
     if (!(atomic_load_explicit(&memory->written[chunk], memory_order_relaxed) & MF_DIRTY))
         return false;
-    atomic_store(&memory->written[chunk], MF_EVER);
+    atomic_store(&memory->written[chunk], MF_EVER); /* seq_cst: see mf_note_chunk */
     if (memory->at.kind == MF_REGION || chunk < memory->at.heap / MF_SPAN)
         return true;
     return atomic_load(&memory->control->spans[chunk - memory->at.heap / MF_SPAN].class_) != 0;
@@ -132,7 +132,7 @@ int mf_copy_written(struct mf_memory *memory, struct mf_copy *copy) {
         uint64_t first = chunk++;
         while (chunk < chunks && (chunk - first) * MF_SPAN < RUN && claim(memory, chunk))
             chunk++;
-        atomic_thread_fence(memory_order_seq_cst); /* see mf_note_written */
+        atomic_thread_fence(memory_order_seq_cst); /* see mf_note_chunk */
         uint64_t from = first ? first * MF_SPAN : MF_PAGE;
         uint64_t to = chunk * MF_SPAN < data_end(memory) ? chunk * MF_SPAN : data_end(memory);
         error = send_piece(copy, DATA, from, memory->data + from, to - from);

@@ -297,7 +297,7 @@ static int reserve(struct mf_op *op, uint32_t key_len, uint32_t meta_len, uint64
     return reserve_head(op);
 }
 
-/* After the slot was stored, which is a full fence (see mf_note_written). */
+/* After the slot was stored, seq_cst (see mf_note_chunk). */
 static void note_slot(struct mf_memory *memory, const mf_slot *slot) {
     mf_note_chunk(memory, (uint64_t)((const uint8_t *)slot - memory->data) / MF_SPAN);
 }
