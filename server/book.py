@@ -233,4 +233,4 @@ class Book:
         memory = donor.memory
         unpopulated = max(0, memory.leased - memory.populated) + unseen
         free = min(memory.offered - taken - arriving, memory.available - memory.headroom - unpopulated)
-        return Room(donor.name, max(0, free), donor.spill, arriving)
+        return Room(donor.name, max(0, free), donor.spill, arriving, memory.offered)

@@ -315,8 +315,14 @@ class Broker:
 
     async def place_lease(self, lease: Lease, excluded: set[str], until: float = math.inf) -> str:
         """A donor for a lease that nobody has, or for a copy of one. Raises CapacityError."""
+
+        def choose(rooms: list[Room]) -> str:
+            return self.placer.lease(
+                lease.spec.kind, lease.spec.size, rooms if lease.donor else self.placer.lendable(rooms)
+            )
+
         return await self._place(
-            lambda rooms: self.placer.lease(lease.spec.kind, lease.spec.size, rooms),
+            choose,
             excluded,
             lambda: self.tables.rooms_for(lease),
             until,

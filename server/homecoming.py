@@ -51,7 +51,8 @@ class Homecoming:
 
     def due(self, now: float) -> list[tuple[str, Lease]]:
         """What to move now: for each spill donor one lease at most, the one that matters most to its tenant."""
-        most = max((room.free for room in self._tables.rooms() if not room.spill), default=0)
+        rooms = self._broker.placer.lendable(self._tables.rooms())
+        most = max((room.free for room in rooms if not room.spill), default=0)
         fitting = {
             donor.name: [lease for lease in self._leases(donor) if lease.cost <= most] for donor in self._donors()
         }

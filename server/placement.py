@@ -22,6 +22,9 @@ SPAN = 256 * KIB
 MAX_SHARDS = 64
 _SHARDS_PER_DONOR = 4
 """On average, at most, for the sake of evenness: each shard is a process, and limits the largest block."""
+LANDING = 0.05
+"""Share of what donors offer that new stores and regions do not get. Leases that must leave a donor find
+room there, which they need in a moment."""
 _LARGEST = 1 << 50
 """Beyond it sums of sizes are not worth their care."""
 
@@ -40,15 +43,26 @@ class Placement:
 
 
 class Placer:
-    """Places by a given measure of what a lease takes (`lease_bytes`, or a test's own)."""
+    """Places by a given measure of what a lease takes (`lease_bytes`, or a test's own).
 
-    def __init__(self, cost: Callable[[Kind, int], int] = lease_bytes, min_shard: int = _native.MIN_SHARD) -> None:
+    `landing` is a share, see `LANDING`. Where it is less than what one of the donors has on average, none
+    is kept: it would not help a donor that needs all of its memory back.
+    """
+
+    def __init__(
+        self,
+        cost: Callable[[Kind, int], int] = lease_bytes,
+        min_shard: int = _native.MIN_SHARD,
+        landing: float = LANDING,
+    ) -> None:
         self.cost = cost
         self._min_shard = _round_up(min_shard)
+        self._landing = landing
 
     def store(self, size: int, rooms: list[Room]) -> Placement:
         """Raises CapacityError when the store fits nowhere, UsageError for a size that is no size."""
         _check_size("store", size)
+        rooms = self.lendable(rooms)
         for among in _fastest_first(rooms):
             placement = self._store(size, among)
             if placement is not None:
@@ -62,10 +76,19 @@ class Placer:
     def region(self, size: int, rooms: list[Room]) -> str:
         """The donor for a region. Raises like `store`."""
         _check_size("region", size)
-        return self.lease("region", size, rooms)
+        return self.lease("region", size, self.lendable(rooms))
+
+    def lendable(self, rooms: list[Room]) -> list[Room]:
+        """The same without the room that is kept for leases that must leave other donors."""
+        if self._landing * sum(not room.spill for room in rooms) < 1:
+            return rooms
+        return [
+            room if room.spill else room._replace(free=max(0, room.free - int(self._landing * room.offered)))
+            for room in rooms
+        ]
 
     def lease(self, kind: Kind, size: int, rooms: list[Room]) -> str:
-        """The donor for one lease: the one with the most room of those that least is on its way to.
+        """The donor for a lease that leaves another: the one with the most room of those that least is on its way to.
 
         Leases leave many donors at the same time when a large job begins, and whoever sent all of them to
         one would have them wait for its link. Raises CapacityError.

@@ -26,7 +26,7 @@ class State(enum.Enum):
     HELD = "held by its donor"
     MISSING = "not seen since the broker started, or on its way to another donor"
     LOST = "lost with its donor"
-    DROPPED = "dropped by its donor, as its store asked for"
+    DROPPED = "dropped by its donor, as its store asked for; or lost, which comes to the same for a cache"
 
 
 @dataclass
@@ -151,6 +151,7 @@ class Room(NamedTuple):
     spill: bool = False
     arriving: int = 0
     """Bytes that are on their way there."""
+    offered: int = 0
 
 
 def shard_lease(store: bytes, shard: int) -> bytes:

@@ -26,6 +26,8 @@ class Policy:
     """Of leases that would do as well as each other, the least active ones leave first; -1: the most active, 0: any."""
     moves_at_once: int = 4
     """Of one reclaim."""
+    landing: float = 0.05
+    """Share of what donors offer that is kept for leases that must leave others."""
     spill: float = 0.0
     """Spill donors' space, as a share of all memory."""
     link: float = 10.0 * GIB
@@ -47,6 +49,8 @@ def variants() -> list[Policy]:
         DEFAULT,
         replace(DEFAULT, name="drop", on_reclaim="drop"),
         replace(DEFAULT, name="spill 2%", spill=0.02),
+        replace(DEFAULT, name="no landing", landing=0.0),
+        replace(DEFAULT, name="landing 10%", landing=0.1),
         replace(DEFAULT, name="headroom 4 GiB", headroom=4 * GIB),
         replace(DEFAULT, name="headroom 16 GiB", headroom=16 * GIB),
         replace(DEFAULT, name="settle 5 min", settle=300.0),
@@ -63,5 +67,7 @@ def variants() -> list[Policy]:
         replace(DEFAULT, name="1 GiB/s link", link=1.0 * GIB),
         replace(DEFAULT, name="stores of 512 GiB", store=512 * GIB),
         replace(DEFAULT, name="demand 60%", demand=0.6),
-        replace(DEFAULT, name="demand 95%", demand=0.95),
+        replace(DEFAULT, name="demand 100%", demand=1.0),
+        replace(DEFAULT, name="100%, no landing", demand=1.0, landing=0.0),
+        replace(DEFAULT, name="100%, spill 2%", demand=1.0, spill=0.02),
     ]

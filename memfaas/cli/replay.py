@@ -91,7 +91,9 @@ class _Replay:
         if spilled:
             nodes += [Node(f"scratch{number}", spilled, 0, 0, spill=True) for number in range(SPILL_NODES)]
         speeds = Speeds(link=policy.link, free=policy.free_rate, spill=SPILL_RATE)
-        self._cluster = Cluster(nodes, speeds, Rules(policy.moves_at_once, policy.calm, policy.activity_counts))
+        self._cluster = Cluster(
+            nodes, speeds, Rules(policy.moves_at_once, policy.calm, policy.landing, policy.activity_counts)
+        )
         self._donors = [self._cluster.donors[_name(number)] for number in range(len(timeline.sizes))]
         self._operator = Client(self._cluster.broker, auth.OPERATOR)
         self._outcome = Outcome(policy, len(timeline.sizes), timeline.seconds)

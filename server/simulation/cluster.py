@@ -13,6 +13,7 @@ from memfaas.errors import ProtocolError
 from memfaas.messages import LeaseGone, Message, OpenSession, Renew, Renewed, SessionOpened
 from memfaas.server.broker import SETTLE_S, Broker
 from memfaas.server.donors import DonorPeer
+from memfaas.server.placement import Placer
 from memfaas.server.sessions import SessionPeer
 from memfaas.server.simulation.channel import DirectChannel
 from memfaas.server.simulation.donor import AS_IT_IS, Node, Rules, SimulatedDonor
@@ -81,7 +82,7 @@ class Cluster:
     """Within `run`."""
 
     def __init__(self, nodes: Sequence[Node], speeds: Speeds, rules: Rules = AS_IT_IS) -> None:
-        self.broker = Broker(_SECRET, TTL_S)
+        self.broker = Broker(_SECRET, TTL_S, Placer(landing=rules.landing))
         self.network = Network(speeds.link)
         self.donors: dict[str, SimulatedDonor] = {}
         for node in nodes:

@@ -30,6 +30,7 @@ from memfaas.messages import (
     Registered,
 )
 from memfaas.server.governor import CALM_S, PAUSE_S, Governor, Reading, margin
+from memfaas.server.placement import LANDING
 from memfaas.server.pressure import DEADLINE_S, HOLDER
 from memfaas.server.reclaim import MOVES_AT_ONCE, Reclaimer
 from memfaas.server.simulation.channel import DirectChannel
@@ -62,6 +63,8 @@ class Rules:
     """Of one reclaim."""
     calm_s: float = CALM_S
     """Seconds after which a donor lends again what programs that nobody announced had."""
+    landing: float = LANDING
+    """Share of what donors offer that is kept for leases that must leave others."""
     activity_counts: int = 1
     """Of leases that would do as well as each other, the least active ones leave first; -1: the most active, 0: any."""
 
@@ -100,6 +103,8 @@ class SimulatedDonor:
             moves_at_once=rules.moves_at_once,
         )
         self._governor = Governor(node.headroom, trio.current_time, calm_s=rules.calm_s)
+        self._scarce = trio.Event()
+        """Something was taken back that may be lent again."""
         self._free_rate = free_rate
         self._freeing = trio.Lock()
         self._channel: DirectChannel
@@ -192,7 +197,9 @@ class SimulatedDonor:
         """As its watch does when memory has changed: takes back what is missing; returns what came of it."""
         change = self._governor.decide(self._reading())
         if change < 0:
-            return await self.reclaim(-change, DEADLINE_S, HOLDER)
+            reclaimed = await self.reclaim(-change, DEADLINE_S, HOLDER)
+            self._scarce.set()
+            return reclaimed
         if change > 0:
             self.lend(HOLDER, change)
         return None
@@ -200,9 +207,11 @@ class SimulatedDonor:
     async def _keep_looking(self) -> None:
         """While something may be lent again; what else changes is said by `look`."""
         while True:
-            await trio.sleep(PAUSE_S)
-            if HOLDER in self.reclaimer.reserved:
+            await self._scarce.wait()
+            while HOLDER in self.reclaimer.reserved:
+                await trio.sleep(PAUSE_S)
                 await self.look()
+            self._scarce = trio.Event()
 
     def _reading(self) -> Reading:
         memory = self.memory()

@@ -67,6 +67,21 @@ def test_a_lease_goes_where_the_least_is_on_its_way_to_among_those_with_room() -
     assert placer.lease("shard", 30 * MIB, [busy, *rooms(20 * MIB, 30 * MIB)]) == "busy"
 
 
+def test_a_twentieth_is_kept_for_leases_that_must_leave_where_that_is_as_much_as_a_donor_has() -> None:
+    def offering(donors: int) -> list[Room]:
+        return [Room(f"d{i}", 100 * MIB, offered=100 * MIB) for i in range(donors)]
+
+    placer.region(98 * MIB, offering(19))
+    with pytest.raises(CapacityError, match=r"20 donors could lend 1.86 GiB in all, 95 MiB at most by one"):
+        placer.region(98 * MIB, offering(20))
+    with pytest.raises(CapacityError):
+        placer.store(20 * 94 * MIB, offering(20))
+    placer.store(20 * 92 * MIB, offering(20))
+    assert placer.lease("shard", 98 * MIB, offering(20)).startswith("d")
+    spill = Room("spill", 100 * MIB, spill=True, offered=100 * MIB)
+    assert placer.region(98 * MIB, [*offering(20), spill]) == "spill"
+
+
 def test_spill_donors_get_only_what_fits_nowhere_else() -> None:
     memory = rooms(40 * MIB, 40 * MIB)
     spill = Room("spill", GIB, spill=True)
