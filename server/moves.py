@@ -130,7 +130,11 @@ class Moves(Book):
     # --- what was dropped -----------------------------------------------------------------------
 
     def _drop(self, lease: Lease, keys: int, reason: str) -> Outcome:
-        """Its donor threw the shard away, as its store asked for: whoever wants it next gets it anew, empty."""
+        """Its donor threw the shard away, as its store asked for, or lost it: who wants it next gets it anew, empty.
+
+        Only upon the donor's word. One that is just away may be cut off from us alone: the clients that it still
+        serves would not see what others put into a new shard.
+        """
         outcome = self._end_copy(lease, reason)
         if lease.spec.store is not None:
             self.stores[lease.spec.store.store].dropped += keys

@@ -142,6 +142,8 @@ class Registry(Moves):
         """The donor itself says that the memory is no more: nothing is left for it to free."""
         if lease.state is State.GRANTING:
             return Outcome()  # the grant is about to fail, and whoever asked for it cleans up
+        if lease.moving is None and lease.spec.store is not None and lease.spec.store.on_reclaim == "drop":
+            return self._drop(lease, 0, reason)  # how many keys it had, nobody knows
         self._take(lease)
         return self._lose(lease, reason)
 
@@ -261,7 +263,7 @@ class Registry(Moves):
         if notice.dropped is not None and lease.spec.store is not None:
             return self._drop(lease, notice.dropped, notice.reason)
         outcome = self._end_copy(lease, notice.reason)
-        outcome += self._lose(lease, notice.reason)
+        outcome += self._without_donor(lease, notice.reason)
         return outcome
 
     def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:

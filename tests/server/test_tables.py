@@ -7,7 +7,7 @@ import math
 import pytest
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore
-from memfaas.messages import DonorReport, Memory
+from memfaas.messages import DonorReport, LeaseGone, Memory
 from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, State, shard_lease
 from memfaas.units import MIB
 from tests.server.world import HEADROOM, TTL, World, new_id
@@ -433,3 +433,55 @@ def test_a_lease_that_may_have_been_sent_is_looked_for_at_its_target(world: Worl
         world.tables.locate("t", region)
     world.says_arrived("e")
     assert world.tables.locate("t", region).donor == "e"
+
+
+# --- caches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["stopped", "started again", "after the broker"])
+def test_a_caches_shard_that_its_donor_has_lost_is_granted_anew(world: World, how: str) -> None:
+    source, other = world.donor("d"), world.donor("e")
+    session = world.session()
+    spec = world.store(session, ["d", "e"], on_reclaim="drop")
+    identity = shard_lease(spec.store, 0)
+    if how == "after the broker":
+        world.restart()
+        world.connect("e")
+        world.tables.open_session(session, "t", [spec.store], [])
+    elif how == "started again":
+        world.disconnect("d")
+        world.pass_time(TTL - 1)
+    lost = source.held.pop(identity)
+    if how != "started again":
+        world.say("d", LeaseGone(lease=identity, reason="it was stopped", spec=lost.spec))
+    if how != "stopped":
+        world.connect("d")
+    lease = world.tables.locate("t", identity)
+    assert lease.state is State.DROPPED
+    assert world.tables.lost_shards(world.tables.stores[spec.store]) == []
+    assert "e" in [room.donor for room in world.tables.rooms_for(lease)]
+    world.tables.begin_again(lease, "e")
+    assert world.grant(lease)
+    assert other.held[identity].spec.epoch > lost.spec.epoch
+
+
+def test_a_caches_shard_whose_donor_stays_away_is_lost_until_that_is_back(world: World) -> None:
+    """It may still serve clients who would not see what others put into a new shard."""
+    world.donor("d")
+    world.donor("e")
+    session = world.session()
+    spec = world.store(session, ["d", "e"], on_reclaim="drop")
+    world.disconnect("d")
+    for _ in range(12):
+        world.pass_time(DONOR_GRACE_S / 11)
+        world.tables.renew(session, {})
+    with pytest.raises(LeaseLost):
+        world.tables.locate("t", shard_lease(spec.store, 0))
+    copy = world.donors["d"].held.pop(shard_lease(spec.store, 0))
+    world.connect("d")  # after its node was started again
+    assert world.tables.locate("t", shard_lease(spec.store, 0)).state is State.DROPPED
+    world.restart()
+    world.donors["d"].held[copy.spec.lease] = copy
+    for name in ("d", "e"):
+        world.connect(name)
+    assert world.tables.locate("t", shard_lease(spec.store, 0)).state is State.HELD
