@@ -99,6 +99,13 @@ def tenant(value: Any) -> str | None:
     return None if value is None else auth.valid_tenant(text(value))
 
 
+def store_name(value: Any) -> str:
+    # As it is, spaces too: it may be another program's.
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise UsageError(f"{value!r} is not a store's name")
+    return value
+
+
 def path(value: Any) -> Path:
     words = str(value) if isinstance(value, Path) else text(value)
     if "\0" in words:

@@ -255,6 +255,11 @@ class ClientSettings(Settings):
         unit="seconds",
         help="How long one operation may take.",
     )
+    store: str = _setting(
+        accept.store_name,
+        "default",
+        help="Name of the store that memfaas put, get, ls and rm use.",
+    )
 
     @property
     def secret_path(self) -> Path:

@@ -135,6 +135,7 @@ def test_no_room(broker_alone: LocalCluster) -> None:
         (["ls", "--timeout", "soon"], ["timeout", "'soon'"]),
         (["ls", "--broker", "a b"], ["broker", "address"]),
         (["ls", "--fabric", "smoke"], ["fabric", "smoke"]),
+        (["ls", "--store", "two\nlines"], ["store", "lines"]),
         (["put", "k", "/does/not/exist"], ["/does/not/exist"]),
         (["--config", "/does/not/exist", "ls"], ["/does/not/exist"]),
         (["donor", "--memory", "lots"], ["memory", "lots"]),
@@ -190,6 +191,18 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(broker_alone: L
     assert status(good, bad, None) == 31
     assert status(bad, bad, good) == 0
     assert status(good, good, bad) == 31
+
+
+@pytest.mark.parametrize("command", [["get", "k"], ["ls"], ["rm", "k"], ["rm", "--all"]])
+def test_the_store_of_a_command_is_a_setting(broker_alone: LocalCluster, tmp_path: Path, command: list[str]) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('[client]\nstore = "of the file"\n')
+    command = [*command, "--broker", broker_alone.address]
+    environment = {"MEMFAAS_STORE": "of the environment"}
+    fails(run(*command), 5, "'default'")
+    fails(run("--config", str(file), *command), 5, "'of the file'")
+    fails(run("--config", str(file), *command, env=environment), 5, "'of the environment'")
+    fails(run(*command, "--store", "of the flag", env=environment), 5, "'of the flag'")
 
 
 def test_status_for_programs(broker_alone: LocalCluster) -> None:

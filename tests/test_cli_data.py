@@ -32,8 +32,10 @@ def cluster() -> Iterator[LocalCluster]:
 def run(cluster: LocalCluster) -> Iterator[Callable[..., subprocess.CompletedProcess[bytes]]]:
     environment = os.environ | {"MEMFAAS_BROKER": cluster.address}
 
-    def run(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run([*MEMFAAS, *arguments], input=stdin, capture_output=True, env=environment, timeout=60)
+    def run(*arguments: str, stdin: bytes = b"", **more: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [*MEMFAAS, *arguments], input=stdin, capture_output=True, env=environment | more, timeout=60
+        )
 
     yield run
     with memfaas.connect(cluster.address) as session:
@@ -143,6 +145,13 @@ def test_a_store_is_deleted_whole(run: Run) -> None:
     good(run("rm", "--store", "s", "--all"))
     fails(run("get", "--store", "s", "k"), 5, "'s'")
     assert json.loads(good(run("status", "--json")))["stores"] == []
+
+
+def test_a_put_goes_to_the_store_that_the_environment_names(run: Run) -> None:
+    made = run("put", "--size", "8MiB", "k", stdin=b"x", MEMFAAS_STORE="there")
+    assert made.stderr == b"memfaas: created store 'there' of 8 MiB\n"
+    assert good(run("ls", "--store", "there")) == b"k\n"
+    fails(run("ls"), 5, "'default'")
 
 
 def test_a_value_for_which_there_is_no_room(run: Run) -> None:

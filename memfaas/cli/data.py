@@ -19,31 +19,27 @@ from memfaas.config import ClientSettings
 from memfaas.errors import KeyAbsent, UnknownStore, UsageError
 from memfaas.units import format_size, parse_size
 
-DEFAULT_STORE = "default"
 DEFAULT_SIZE = "64MiB"
-
-_store_option = click.option(
-    "--store", default=DEFAULT_STORE, show_default=True, metavar="NAME", help="The store to use."
-)
 
 
 @contextmanager
-def _opened(given: dict[str, Any]) -> Iterator[Session]:
-    with Session.open(load(ClientSettings, given)) as session:
-        yield session
+def _opened(given: dict[str, Any]) -> Iterator[tuple[Session, str]]:
+    """A session, and the name of the store to use."""
+    settings = load(ClientSettings, given)
+    with Session.open(settings) as session:
+        yield session, settings.store
 
 
 @click.command()
 @click.argument("key")
 @click.argument("file", default="-")
-@_store_option
 @click.option(
     "--size",
     metavar="SIZE",
     help=f"Size of the store, if there is none of that name and it has to be created.  [default: {DEFAULT_SIZE}]",
 )
 @settings_options(ClientSettings)
-def put(key: str, file: str, store: str, size: str | None, **given: Any) -> None:
+def put(key: str, file: str, size: str | None, **given: Any) -> None:
     """Store FILE, or the standard input, under KEY.
 
     The store is created if there is none of that name; it lives on until it is deleted with
@@ -54,7 +50,7 @@ def put(key: str, file: str, store: str, size: str | None, **given: Any) -> None
         memfaas put results/run7 run7.h5
         tar c data | memfaas put --store backups --size 4GiB data.tar
     """
-    with _source(file) as source, _opened(given) as session:
+    with _source(file) as source, _opened(given) as (session, store):
         _create_or_open(session, store, size).put_from(os.fsencode(key), source)
 
 
@@ -84,9 +80,8 @@ def _source(file: str) -> Iterator[BinaryIO]:
 @click.command()
 @click.argument("key")
 @click.argument("file", default="-")
-@_store_option
 @settings_options(ClientSettings)
-def get(key: str, file: str, store: str, **given: Any) -> None:
+def get(key: str, file: str, **given: Any) -> None:
     """Write the value of KEY to FILE, or to the standard output.
 
     FILE appears when the value is complete. The exit status is 4 when there is no such key.
@@ -96,7 +91,7 @@ def get(key: str, file: str, store: str, **given: Any) -> None:
         memfaas get results/run7 copy.h5
         memfaas get --store backups data.tar | tar t
     """
-    with _opened(given) as session, _target(file) as target:
+    with _opened(given) as (session, store), _target(file) as target:
         session.store(store).get_to(os.fsencode(key), target)
 
 
@@ -130,10 +125,9 @@ def _target(file: str) -> Iterator[BinaryIO]:
 
 @click.command()
 @click.argument("prefix", default="")
-@_store_option
 @click.option("-0", "--null", is_flag=True, help="Separate keys by a zero byte, as `xargs -0` takes them.")
 @settings_options(ClientSettings)
-def ls(prefix: str, store: str, null: bool, **given: Any) -> None:
+def ls(prefix: str, null: bool, **given: Any) -> None:
     """List the keys that begin with PREFIX, sorted, one per line.
 
     \b
@@ -141,7 +135,7 @@ def ls(prefix: str, store: str, null: bool, **given: Any) -> None:
         memfaas ls results/
         memfaas ls --store backups -0 | xargs -0 -n 1 memfaas rm --store backups
     """
-    with _opened(given) as session:
+    with _opened(given) as (session, store):
         keys = sorted(session.store(store).keys(os.fsencode(prefix)))
     end = b"\0" if null else b"\n"
     sys.stdout.buffer.write(b"".join(key + end for key in keys))
@@ -150,10 +144,9 @@ def ls(prefix: str, store: str, null: bool, **given: Any) -> None:
 
 @click.command()
 @click.argument("keys", metavar="KEY...", nargs=-1)
-@_store_option
 @click.option("--all", "everything", is_flag=True, help="Delete the whole store, and free its memory.")
 @settings_options(ClientSettings)
-def rm(keys: tuple[str, ...], store: str, everything: bool, **given: Any) -> None:
+def rm(keys: tuple[str, ...], everything: bool, **given: Any) -> None:
     """Delete keys, or with --all the whole store.
 
     The exit status is 4 when one of the keys did not exist; the others are deleted all the same.
@@ -165,7 +158,7 @@ def rm(keys: tuple[str, ...], store: str, everything: bool, **given: Any) -> Non
     """
     if bool(keys) == everything:
         raise click.UsageError("give either keys or --all")
-    with _opened(given) as session:
+    with _opened(given) as (session, store):
         if everything:
             session.delete_store(store)
             return

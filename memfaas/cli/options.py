@@ -13,6 +13,9 @@ from memfaas.config import Settings
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
 
+SESSION = ("broker", "secret_file", "tenant", "fabric", "timeout")
+"""The settings of a session that uses no store of its own."""
+
 
 def settings_options(role: type[S], only: tuple[str, ...] | None = None) -> Callable[[F], F]:
     """Adds a role's flags to a command, or `only` some. Their values come as text; `load` makes settings of them."""

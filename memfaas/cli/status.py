@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from memfaas.cli.options import load, settings_options
+from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
 from memfaas.errors import TransportError
@@ -28,7 +28,7 @@ _STATES = {"held": "green", "granting": "yellow", "moving": "yellow", "dropped":
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs: a JSON object; bytes and seconds.")
 @click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
-@settings_options(ClientSettings)
+@settings_options(ClientSettings, only=SESSION)
 def status(as_json: bool, watch: bool, **given: Any) -> None:
     """Show donors, stores, leases, sessions, and the fabrics in use.
 

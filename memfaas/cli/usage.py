@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memfaas.cli.options import load, settings_options
+from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.cli.status import make_console, make_table
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
@@ -34,7 +34,7 @@ U = TypeVar("U", Usage, DonorUsage)
     metavar="FILE",
     help="Only what came after the report in this file, which --json had printed.",
 )
-@settings_options(ClientSettings)
+@settings_options(ClientSettings, only=SESSION)
 def usage(as_json: bool, since: Path | None, **given: Any) -> None:
     """Show how much memory was used and lent, and for how long.
 
