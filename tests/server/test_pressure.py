@@ -18,7 +18,7 @@ from trio.testing import MockClock
 from memfaas.messages import Reclaimed
 from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading, margin
-from memfaas.server.pressure import HOLDER, Gauge, Watch, pause_for, watch_node
+from memfaas.server.pressure import HOLDER, Gauge, Lookout, Watch, pause_for, watch_node
 from memfaas.server.reclaim import Reclaimer
 from memfaas.units import GIB, MIB
 from tests.server.holdings import Node
@@ -174,6 +174,20 @@ async def test_the_watch_says_by_what_it_watches_and_wakes_by_time_without_any_o
     with Watch(HEADROOM, proc) as watch:
         assert watch.watched == ["MemAvailable"]
         assert not await watch.wait(0.01)
+
+
+async def test_the_lookout_wakes_the_watch_when_less_is_available_than_its_mark(proc: Path) -> None:
+    gauge = Gauge(proc)
+    with Lookout(gauge, HEADROOM) as lookout, Watch(HEADROOM, proc, lookout.event) as watch:
+        set_available(proc, HEADROOM)
+        lookout.mark = HEADROOM
+        assert not await watch.wait(0.3)
+        set_available(proc, HEADROOM - 4096)
+        assert await watch.wait(30.0)
+        lookout.mark = 0
+        await watch.wait(0.2)  # what it said before
+        assert not await watch.wait(0.3)
+    gauge.close()
 
 
 @pytest.mark.skipif(not os.access("/proc/pressure/memory", os.W_OK), reason="the kernel has no memory pressure (PSI)")
