@@ -1,8 +1,8 @@
 """Who used how much of whose memory: byte-seconds, added up for each tenant on each donor.
 
 `Accounts` are told of every change and add up only then, so that a change costs the same however many
-leases there are. They have no clock of their own and do no I/O; `take_up` and `keep` have the
-sums in a file, which has the form of what `memfaas usage --json` prints.
+leases there are. They have no clock of their own and do no I/O; `take_up` reads the sums from a file, and
+`keep` keeps them there, in the form of what `memfaas usage --json` prints.
 
 What was leased while no broker ran is in nobody's account.
 """

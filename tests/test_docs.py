@@ -181,6 +181,12 @@ def test_the_table_of_options_is_complete_and_true() -> None:
     assert table_after("docs/operating.md", "## Options") == expected
 
 
+def test_the_table_of_modules_is_complete_and_true() -> None:
+    rows = table_after("docs/architecture.md", "### The modules of `server/`")
+    files = [path.name for path in (ROOT / "server").glob("*.py") if path.name != "__init__.py"]
+    assert sorted(module for _, module, _ in rows) == sorted(files)
+
+
 def test_the_table_of_errors_is_complete_and_true() -> None:
     def all_below(kind: type[errors.MemfaasError]) -> Iterator[type[errors.MemfaasError]]:
         yield kind
