@@ -58,6 +58,7 @@ def variants() -> list[Policy]:
         replace(DEFAULT, name="calm 10 min", calm=600.0),
         replace(DEFAULT, name="deadline 250 ms", deadline=0.25),
         replace(DEFAULT, name="deadline 1 s", deadline=1.0),
+        replace(DEFAULT, name="1 s, 1 move", deadline=1.0, moves_at_once=1),
         replace(DEFAULT, name="deadline 3 s", deadline=3.0),
         replace(DEFAULT, name="most active leave", activity_counts=-1),
         replace(DEFAULT, name="any leave", activity_counts=0),
