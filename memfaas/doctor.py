@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from memfaas import cgroups
 from memfaas.node import HUGE_PAGES, SHMEM_ENABLED, gives_huge_pages, huge_page_choice
 from memfaas.units import format_size
 
@@ -26,6 +29,8 @@ _ENOUGH_FILES = 16_384
 _ENOUGH_BACKLOG = 1024
 _POPULATE_SINCE = (5, 14)
 _CAP_IPC_LOCK = 14
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
 _LIBRARIES = ("numpy", "trio", "msgpack", "msgspec", "lz4", "click", "rich")
 
 
@@ -53,6 +58,8 @@ class Node:
     limit: Callable[[int], tuple[int, int]] = field(default=resource.getrlimit)
     kernel: str = field(default_factory=platform.release)
     which: Callable[[str], str | None] = field(default=shutil.which)
+    backing: Path | None = None
+    """Of its donor's settings."""
     has_module: Callable[[str], bool] = field(default=lambda name: importlib.util.find_spec(name) is not None)
 
     def read(self, path: str) -> str | None:
@@ -162,31 +169,74 @@ def _limit(value: int) -> str:
 def _memory_limit(node: Node) -> Iterator[Check]:
     name = "memory limit"
     total = node.meminfo("MemTotal")
-    limit = _cgroup_limit(node)
-    if limit is None or (total and limit >= total):
+    limit = min((group.limit() for group in _groups(node)), default=cgroups.NO_LIMIT)
+    if limit >= cgroups.NO_LIMIT or (total and limit >= total):
         yield Check(name, "ok", f"{format_size(total)}, no limit by a cgroup", "a donor may lend what the node has")
     else:
         meaning = "`memfaas donor --memory auto` stays below it; lent memory counts as used in it"
         yield Check(name, "ok", f"{format_size(limit)} by the cgroup, of {format_size(total)}", meaning)
 
 
-def _cgroup_limit(node: Node) -> int | None:
-    """The least limit on the way up from our own group, in the one or the other version of cgroups."""
-    limits = []
-    for line in (node.read("/proc/self/cgroup") or "").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            base, file = "/sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, file = "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        groups = [part for part in path.split("/") if part]
-        for depth in range(len(groups) + 1):
-            text = node.read("/".join([base, *groups[:depth], file]))
-            if text is not None and text.isdigit():
-                limits.append(int(text))
-    return min(limits, default=None)
+def _groups(node: Node) -> list[cgroups.Group]:
+    try:
+        return cgroups.groups(node.root / "proc", node.root)
+    except OSError:
+        return []
+
+
+def _pressure(node: Node) -> Iterator[Check]:
+    groups = _groups(node)
+    signals = []
+    if node.read("/proc/pressure/memory") is not None:
+        signals.append("PSI")
+    if any(group.version == 2 and (group.folder / "memory.pressure").exists() for group in groups):
+        signals.append("PSI of its cgroup (version 2)")
+    if any(group.version == 1 and (group.folder / "cgroup.event_control").exists() for group in groups):
+        signals.append("thresholds of its cgroup (version 1)")
+    meaning = (
+        "the kernel wakes a donor when memory is scarce; it also looks at what is available"
+        if signals
+        else "the kernel does not wake a donor; it only looks at what is available, often near its headroom"
+    )
+    yield Check("memory pressure", "ok", ", ".join([*signals, "MemAvailable"]), meaning)
+
+
+def _backing(node: Node) -> Iterator[Check]:
+    if node.backing is None:
+        return
+    name = "spill folder"
+    folder = node.backing
+    where = node.root / str(folder).lstrip("/")
+    kind = _file_system(node, folder)
+    if not where.is_dir():
+        meaning = "a spill donor does not start without it"
+        yield Check(name, "missing", f"{folder} is no folder", meaning, f"sudo mkdir -p {shlex.quote(str(folder))}")
+    elif not os.access(where, os.W_OK | os.X_OK):
+        yield Check(name, "missing", f"{folder} cannot be written to", "run the spill donor as a user who may")
+    elif kind in _MEMORY_FILE_SYSTEMS:
+        meaning = "what is there takes memory, which a spill donor is to save: choose a folder on a local disk"
+        yield Check(name, "slow", f"{folder} is on {kind}", meaning)
+    elif kind in _NETWORK_FILE_SYSTEMS:
+        meaning = "its bytes go over the network, and its space is shared: choose a folder on a local disk"
+        yield Check(name, "slow", f"{folder} is on {kind}", meaning)
+    else:
+        space = os.statvfs(where)
+        free = format_size(space.f_bavail * space.f_frsize)
+        yield Check(
+            name, "ok", f"{folder} on {kind or 'an unknown file system'}, {free} free", "a spill donor can use it"
+        )
+
+
+def _file_system(node: Node, folder: Path) -> str | None:
+    """The type of the one that the folder is in."""
+    best: tuple[int, str] | None = None
+    for line in (node.read("/proc/self/mountinfo") or "").splitlines():
+        left, _, right = line.partition(" - ")
+        mount = Path(left.split()[4])
+        # Of two at the same place, the later one is seen.
+        if folder.is_relative_to(mount) and (best is None or len(mount.parts) >= best[0]):
+            best = len(mount.parts), right.split()[0]
+    return best[1] if best else None
 
 
 # --- connections ----------------------------------------------------------------------------------
@@ -280,6 +330,8 @@ _CHECKS: tuple[Callable[[Node], Iterator[Check]], ...] = (
     _huge_pages,
     _memlock,
     _memory_limit,
+    _pressure,
+    _backing,
     _files,
     _backlog,
     _fuse,

@@ -18,6 +18,7 @@ from typing import Self
 
 import trio
 
+from memfaas import cgroups
 from memfaas.messages import Reclaimed
 from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading
@@ -51,7 +52,7 @@ class Gauge:
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
         self._meminfo = os.open(proc / "meminfo", os.O_RDONLY | os.O_CLOEXEC)
-        self._groups = [group for group in spare.groups(proc) if group.limit() < spare.NO_LIMIT]
+        self._groups = [group for group in cgroups.groups(proc) if group.limit() < cgroups.NO_LIMIT]
         self._listed = 0
         self._listed_at = float("-inf")
 
@@ -125,7 +126,7 @@ class Watch:
         if lookout is not None:
             self._epoll.register(lookout, select.EPOLLIN)
         self._watch_pressure(proc / "pressure/memory")
-        for group in spare.groups(proc):
+        for group in cgroups.groups(proc):
             self._watch_pressure(group.folder / "memory.pressure")
             self._watch_threshold(group, headroom)
         self.watched.append("MemAvailable")
@@ -145,11 +146,11 @@ class Watch:
         self._pressure.add(descriptor)
         self.watched.append(str(file))
 
-    def _watch_threshold(self, group: spare.Group, headroom: int) -> None:
+    def _watch_threshold(self, group: cgroups.Group, headroom: int) -> None:
         """Version 1 of control groups tells when usage crosses a threshold."""
         control = group.folder / "cgroup.event_control"
         limit = group.limit()
-        if not headroom < limit < spare.NO_LIMIT or not control.exists():
+        if not headroom < limit < cgroups.NO_LIMIT or not control.exists():
             return
         event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         try:
@@ -201,7 +202,7 @@ class Watch:
 
 
 def pause_for(available: int, headroom: int) -> float:
-    """Seconds within which programs cannot take what is available beyond the headroom, as long as that is no instant."""
+    """Seconds within which programs cannot take what is available beyond the headroom, or a moment."""
     return min(_SELDOM_S, max(_OFTEN_S, (available - headroom) / _ALLOCATION_RATE))
 
 

@@ -35,6 +35,10 @@ def check(name: str, where: Node) -> Check:
     return found
 
 
+CGROUPS = (
+    "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+    "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+)
 MEMINFO = f"MemTotal:       {16 * GIB // 1024} kB\nSwapTotal:       {4 * GIB // 1024} kB\n"
 
 
@@ -106,7 +110,52 @@ def test_locked_memory(tmp_path: Path, limit: int, capabilities: str, state: str
     ],
 )
 def test_a_memory_limit_of_any_kind_is_seen(tmp_path: Path, files: dict[str, str], expected: str) -> None:
-    assert expected in check("memory limit", node(tmp_path, {"proc/meminfo": MEMINFO, **files})).found
+    assert (
+        expected
+        in check(
+            "memory limit", node(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/mountinfo": CGROUPS, **files})
+        ).found
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/a\n"}, "MemAvailable"),
+        ({"proc/self/cgroup": "0::/a\n", "proc/pressure/memory": "some avg10=0.00"}, "PSI, MemAvailable"),
+        (
+            {"proc/self/cgroup": "0::/a\n", "proc/pressure/memory": "some", "sys/fs/cgroup/a/memory.pressure": "some"},
+            "PSI, PSI of its cgroup (version 2), MemAvailable",
+        ),
+        (
+            {"proc/self/cgroup": "4:memory:/a\n", "sys/fs/cgroup/memory/a/cgroup.event_control": ""},
+            "thresholds of its cgroup (version 1), MemAvailable",
+        ),
+    ],
+)
+def test_what_tells_a_donor_of_memory_pressure(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    found = check("memory pressure", node(tmp_path, {"proc/self/mountinfo": CGROUPS, **files}))
+    assert (found.state, found.found) == ("ok", expected)
+    assert found.meaning.startswith("the kernel does not") == (expected == "MemAvailable")
+
+
+@pytest.mark.parametrize(
+    ("kind", "exists", "state"),
+    [("ext4", True, "ok"), ("ext4", False, "missing"), ("tmpfs", True, "slow"), ("nfs4", True, "slow")],
+)
+def test_the_folder_of_a_spill_donor(tmp_path: Path, kind: str, exists: bool, state: str) -> None:
+    mounts = f"1 0 8:1 / / rw - xfs a rw\n2 1 8:2 / /scratch rw - {kind} b rw\n3 1 8:3 / /scr rw - proc proc rw\n"
+    if exists:
+        (tmp_path / "scratch/memfaas").mkdir(parents=True)
+    where = node(tmp_path, {"proc/self/mountinfo": mounts}, backing=Path("/scratch/memfaas"))
+    found = check("spill folder", where)
+    assert found.state == state
+    assert (kind if exists else "is no folder") in found.found
+    assert (found.remedy is not None) == (not exists)
+
+
+def test_a_node_without_a_spill_donor_has_no_folder_to_look_at(tmp_path: Path) -> None:
+    assert "spill folder" not in [one.name for one in doctor.examine(node(tmp_path, {}))]
 
 
 @pytest.mark.parametrize(("release", "state"), [("6.1.0", "ok"), ("5.14.0-x", "ok"), ("5.10.0-28-amd64", "missing")])
@@ -175,7 +224,7 @@ def test_this_node_has_what_is_required() -> None:
 
 def test_the_table_gives_remedies_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     remedy = "sudo " + "very-long-command " * 20
-    monkeypatch.setattr(doctor, "examine", lambda: [Check("thing", "slow", "what is", "what follows", remedy)])
+    monkeypatch.setattr(doctor, "examine", lambda node: [Check("thing", "slow", "what is", "what follows", remedy)])
     result = run()
     assert result.exit_code == 0
     assert remedy.strip() in result.stdout
@@ -184,7 +233,9 @@ def test_the_table_gives_remedies_on_one_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_required_and_missing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     optional = Check("option", "missing", "", "", None)
-    monkeypatch.setattr(doctor, "examine", lambda: [optional])
+    monkeypatch.setattr(doctor, "examine", lambda node: [optional])
     assert run().exit_code == 0
-    monkeypatch.setattr(doctor, "examine", lambda: [optional, Check("heart", "missing", "", "", None, required=True)])
+    monkeypatch.setattr(
+        doctor, "examine", lambda node: [optional, Check("heart", "missing", "", "", None, required=True)]
+    )
     assert run().exit_code == 1

@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from memfaas import doctor as checks
+from memfaas.cli.options import load
+from memfaas.config import DonorSettings
 
 _STYLES = {"ok": "green", "slow": "yellow", "missing": "red"}
 
@@ -24,7 +26,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Nothing is changed. The exit status is 1 when something is missing that memfaas cannot do
     without, and 0 otherwise.
     """
-    found = checks.examine()
+    found = checks.examine(checks.Node(backing=load(DonorSettings, {}).backing))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(check) for check in found], indent=2))
     else:

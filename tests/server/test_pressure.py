@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from memfaas import cgroups
 from memfaas.messages import Reclaimed
 from memfaas.server import spare
 from memfaas.server.governor import Governor, Reading, margin
@@ -205,7 +206,7 @@ def test_the_gauge_never_says_more_than_there_is() -> None:
 @pytest.fixture
 def group() -> Iterator[Path]:
     """A memory control group of version 1, with a limit."""
-    above = next((level.folder for level in spare.groups(Path("/proc")) if "limit" in level.limits[0]), None)
+    above = next((level.folder for level in cgroups.groups() if "limit" in level.limits[0]), None)
     if above is None:
         pytest.skip("this machine has no memory control groups of version 1")
     made = above / f"memfaas-test-{os.getpid()}"
