@@ -342,7 +342,7 @@ static void compare(struct mf_memory *there) {
 
 static void check_arrived(struct arrival *arrival) {
     struct report r;
-    mf_set_state(&arrival->memory, MF_STATE_SERVING);
+    mf_thaw(&arrival->memory);
     if (mf_put_right(&arrival->memory, mf_now() + timeout) || fsck(arrival->data_fd, arrival->control_fd, &r))
         fail("the copy cannot be put right", 0, 0);
     if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong || r.limbo)
@@ -366,7 +366,7 @@ static void copy_once(uint64_t rounds) {
     for (uint64_t i = 1; !error && i < rounds; i++)
         error = mf_copy_written(&memory, &copy);
     if (rounds) {
-        mf_set_state(&memory, MF_STATE_FROZEN);
+        mf_freeze(&memory);
         if (!mf_drain(&memory, mf_now() + timeout))
             fail("an operation does not end", 0, 0);
         error = error ? error : mf_copy_rest(&memory, &copy);
@@ -378,7 +378,7 @@ static void copy_once(uint64_t rounds) {
         fail("a copy failed", error, arrival.error);
     if (rounds)
         compare(&arrival.memory);
-    mf_set_state(&memory, MF_STATE_SERVING);
+    mf_thaw(&memory);
     if (rounds)
         check_arrived(&arrival);
     close(ends[0]);
@@ -443,10 +443,10 @@ static void record(struct recording *recording) {
     pthread_create(&thread, NULL, run_recorder, recording);
     struct mf_copy copy = {.fd = ends[0], .deadline = mf_now() + timeout};
     mf_copy_all(&memory);
-    mf_set_state(&memory, MF_STATE_FROZEN);
+    mf_freeze(&memory);
     if (mf_copy_rest(&memory, &copy))
         fail("a copy failed", 0, 0);
-    mf_set_state(&memory, MF_STATE_SERVING);
+    mf_thaw(&memory);
     shutdown(ends[0], SHUT_WR);
     pthread_join(thread, NULL);
     close(ends[0]);
@@ -493,7 +493,7 @@ static void garble(struct client *client, uint8_t *bytes, const size_t *starts, 
 
 /* Whatever came, the memory is used afterwards: any result is right. */
 static void use_garbled(struct client *client, struct arrival *arrival) {
-    mf_set_state(&arrival->memory, MF_STATE_SERVING);
+    mf_thaw(&arrival->memory);
     mf_reap(&arrival->memory, 0);
     mf_put_right(&arrival->memory, mf_now() + SECOND / 100);
     client->link.memory = arrival->memory;
