@@ -483,7 +483,7 @@ class Relocate(Message, frozen=True, kw_only=True):
     epoch: int
     """Of the lease here; it is the next one there."""
     timeout: float
-    """Seconds that the new donor waits for the copy to be complete."""
+    """Seconds from now by which it must have moved."""
     avoid: list[str] = []
     """Donors that were tried already."""
 

@@ -83,6 +83,8 @@ class Broker:
         )
         self.started_at = trio.current_time()
         self.settled_at = self.started_at + SETTLE_S
+        self.silent: set[str] = set()
+        """Donors that seem to hang: no lease moves there."""
         self._lobby = Lobby(_STRANGERS)
         self._donors: dict[str, rpc.Channel] = {}
         self._sessions: dict[bytes, rpc.Channel] = {}
@@ -317,15 +319,26 @@ class Broker:
         """A donor for a lease that nobody has, or for a copy of one. Raises CapacityError."""
 
         def choose(rooms: list[Room]) -> str:
-            return self.placer.lease(
-                lease.spec.kind, lease.spec.size, rooms if lease.donor else self.placer.lendable(rooms)
-            )
+            return self._choose(lease, rooms)
 
         return await self._place(
             choose,
             excluded,
             lambda: self.tables.rooms_for(lease),
             until,
+        )
+
+    def has_place(self, lease: Lease, excluded: set[str]) -> bool:
+        """Whether another donor than those, and than those that have it or get it, has room for it now."""
+        try:
+            self._choose(lease, [room for room in self.tables.rooms_for(lease) if room.donor not in excluded])
+        except CapacityError:
+            return False
+        return True
+
+    def _choose(self, lease: Lease, rooms: list[Room]) -> str:
+        return self.placer.lease(
+            lease.spec.kind, lease.spec.size, rooms if lease.donor else self.placer.lendable(rooms)
         )
 
     async def _place(
@@ -400,6 +413,17 @@ class Broker:
 
     def in_background(self, outcome: Outcome) -> None:
         self._nursery.start_soon(self.carry_out, outcome)
+
+    def distrust(self, donor: str, outcome: Outcome) -> None:
+        """It did not answer in time. It is left alone until it has done this, or has come back."""
+        self.silent.add(donor)
+
+        async def until_it_answers() -> None:
+            await self.carry_out(outcome)
+            self.silent.discard(donor)
+            self.announce()
+
+        self._nursery.start_soon(until_it_answers)
 
     async def _tell(self, telling: ToTell) -> None:
         """One that is away hears of it from its next renewal."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from memfaas.server.broker import Broker
 
 _RECEIVE_S = 10.0
+_COPY_MARGIN_S = 5.0
+"""How much longer than its sender has time a donor waits for a copy: the end of it may just have been sent."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +97,27 @@ class DonorPeer:
         excluded = set(message.avoid)
         while True:
             lease = tables.movable(self._name, message.lease, message.epoch)
-            target = await self._broker.place_lease(lease, excluded, until=deadline)
+            target = await self._broker.place_lease(lease, excluded | self._broker.silent, until=deadline)
             lease = tables.movable(self._name, message.lease, message.epoch)  # that may have taken a while
             left = deadline - trio.current_time()
             if left <= 0:
                 raise DeadlineExceeded(f"no donor was ready for lease {message.lease.hex()[:8]} in time")
-            move, spec = tables.begin_move(lease, target, left)
+            move, spec = tables.begin_move(lease, target, left + _COPY_MARGIN_S)
+            others = self._broker.has_place(lease, excluded | self._broker.silent)
             try:
-                # A donor that hangs costs half the time that is left, so that there is some for others.
-                request = Receive(spec=spec, timeout=left)
-                granted = await self._broker.ask(target, request, Granted, min(_RECEIVE_S, left / 2))
+                # One that hangs costs a third of the time that is left, so that there is some for others.
+                request = Receive(spec=spec, timeout=left + _COPY_MARGIN_S)
+                granted = await self._broker.ask(
+                    target, request, Granted, min(_RECEIVE_S, left / 3 if others else left)
+                )
             except MemfaasError as error:
                 logger.warning("lease %s: cannot move to donor %s: %s", message.lease.hex()[:8], target, error)
                 excluded.add(target)
-                self._broker.in_background(tables.move_over(lease, move, str(error)))
+                outcome = tables.move_over(lease, move, str(error))
+                if isinstance(error, DeadlineExceeded):
+                    self._broker.distrust(target, outcome)
+                else:
+                    self._broker.in_background(outcome)
                 continue
             if not tables.move_ready(lease, move, granted.memory):
                 self._broker.in_background(tables.move_over(lease, move, "it did not move after all"))

@@ -45,8 +45,8 @@ async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
     avoid: list[str] = []
     reason = "there was no time"
     while (left := deadline - trio.current_time()) > _LEAST_S:
-        request = Relocate(lease=custody.spec.lease, epoch=custody.spec.epoch, timeout=left + _ASK_S, avoid=avoid)
-        target = await broker.ask(request, Target, min(left, _ASK_S))
+        request = Relocate(lease=custody.spec.lease, epoch=custody.spec.epoch, timeout=left, avoid=avoid)
+        target = await broker.ask(request, Target, left)
         sent = await custody.send(target, max(_LEAST_S, deadline - trio.current_time()))
         there = target.place.donor
         if sent.outcome == "moved" or (sent.outcome == "in doubt" and await settle(custody, broker, target)):

@@ -289,15 +289,19 @@ class Ledger:
 # --- another donor --------------------------------------------------------------------------------------
 
 
-def add_spill_donor(cluster: LocalCluster, name: str, backing: Path, memory: int = GIB) -> None:
+def add_donor(cluster: LocalCluster, name: str, memory: int, **settings: object) -> None:
     cluster._launch(
         "donor",
         broker=cluster._address,
         name=name,
         memory=memory,
         headroom=0,
-        backing=backing,
         listen_host="127.0.0.1",
         runtime_dir=cluster.folder / "run",
+        **settings,
     )
     cluster._processes[name].wait_ready()
+
+
+def add_spill_donor(cluster: LocalCluster, name: str, backing: Path, memory: int = GIB) -> None:
+    add_donor(cluster, name, memory, backing=backing)

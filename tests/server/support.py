@@ -245,7 +245,7 @@ class FakeDonor:
 async def start_donors(nursery: trio.Nursery, served: Served, *donors: FakeDonor) -> None:
     for donor in donors:
         nursery.start_soon(donor.run, served.port)
-    await eventually(lambda: {donor.name for donor in donors} <= set(served.broker.tables.donors))
+    await eventually(lambda: all(donor.channel is not None and not donor.channel.closed for donor in donors))
 
 
 async def refusal(what: Awaitable[object]) -> MemfaasError:

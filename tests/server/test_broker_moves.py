@@ -109,6 +109,47 @@ async def test_a_target_that_hangs_costs_only_a_part_of_the_time(served: Served,
         assert found.place.donor == "good"
 
 
+class StoppedDonor(FakeDonor):
+    """Answers nothing about leases until `goes_on`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.goes_on = trio.Event()
+        self.receives = 0
+
+    async def on_request(self, message: messages.Message) -> messages.Message:
+        self.receives += isinstance(message, messages.Receive)
+        await self.goes_on.wait()
+        return await super().on_request(message)
+
+
+async def test_a_target_that_hangs_is_left_alone_until_it_answers(served: Served, nursery: trio.Nursery) -> None:
+    source, stopped, good = FakeDonor("source"), StoppedDonor("stopped"), FakeDonor("good", offered=64 * MIB)
+    async with client(served.port) as ann:
+        await start_donors(nursery, served, source)
+        leases = [(await ann.open_region()).lease for _ in range(3)]
+        await start_donors(nursery, served, stopped, good)
+        for lease in leases[:2]:
+            assert (await source.ask(relocate(lease, timeout=1.0), messages.Target)).place.donor == "good"
+        assert stopped.receives == 1
+        stopped.goes_on.set()
+        await eventually(lambda: not served.broker.silent)
+        assert (await source.ask(relocate(leases[2]), messages.Target)).place.donor == "stopped"
+
+
+async def test_a_slow_target_has_all_the_time_when_there_is_no_other(served: Served, nursery: trio.Nursery) -> None:
+    source, slow = FakeDonor("source"), FakeDonor("slow")
+
+    async def take_time(_: messages.Receive) -> None:
+        await trio.sleep(1.0)
+
+    slow.before_receive = take_time
+    async with client(served.port) as ann:
+        region = await region_on(ann, source, served, nursery)
+        await start_donors(nursery, served, slow)
+        assert (await source.ask(relocate(region.lease, timeout=2.0), messages.Target)).place.donor == "slow"
+
+
 async def test_only_its_donor_may_move_a_lease(served: Served, nursery: trio.Nursery) -> None:
     source, other = FakeDonor("source"), FakeDonor("other")
     async with client(served.port) as ann:
