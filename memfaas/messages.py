@@ -21,6 +21,8 @@ Kind = Literal["shard", "region"]
 OnReclaim = Literal["migrate", "drop"]
 Compression = Literal["none", "lz4"]
 LeaseState = Literal["granting", "held", "moving", "missing", "lost", "dropped"]
+LONGEST_DEADLINE_S = 86_400.0
+"""Of a reclaim. What waits for it counts in nanoseconds, or asks the kernel to wait, and either has an end."""
 _RECLAIM_MARGIN_S = 5.0
 _SLOWEST_FREE = GIB
 """Bytes per second: memory in 4 KiB pages comes back some times faster than that."""
@@ -349,7 +351,7 @@ class Reclaim(Message, frozen=True, kw_only=True):
     size: int
     """At most what the donor lends; more is taken as all of it."""
     deadline: float
-    """Seconds from now."""
+    """Seconds from now; more than a day is taken as a day."""
     holder: str
     """Who needs the memory, such as `job 17`."""
     in_all: bool = False
@@ -358,7 +360,8 @@ class Reclaim(Message, frozen=True, kw_only=True):
     @property
     def patience(self) -> float:
         """Seconds to wait for the answer. At the deadline the memory goes, which takes time itself."""
-        return self.deadline + _RECLAIM_MARGIN_S + min(self.size / _SLOWEST_FREE, _LONGEST_FREE_S)
+        freeing = min(self.size / _SLOWEST_FREE, _LONGEST_FREE_S)
+        return min(self.deadline, LONGEST_DEADLINE_S) + _RECLAIM_MARGIN_S + freeing
 
 
 class Lend(Message, frozen=True, kw_only=True):

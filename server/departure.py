@@ -71,16 +71,15 @@ class Departure:
                 if not memory.drain(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError("a client's operation did not end; perhaps the client is stopped")
             size += memory.copy_rest(sock.fileno(), deadline - time.monotonic())
-        except OSError as error:
+        except Exception as error:  # a fault of ours, too, must not leave it frozen
             memory.thaw()
-            reason = "it was given up" if self._stopped else f"the copy broke off: {error.strerror or error}"
+            reason = "it was given up" if self._stopped else f"the copy broke off: {_what(error)}"
             return Sent(outcome="stayed", reason=reason, size=size)
-        now = time.monotonic()
         try:
-            sock.settimeout(max(0.001, deadline - now))
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
             answer = rpc.receive_message_blocking(sock)
-        except (OSError, EOFError, MemfaasError) as error:
-            return Sent(outcome="in doubt", reason=f"no answer came: {error!r}", size=size)
+        except Exception as error:  # whatever it is, the other side may have all of it
+            return Sent(outcome="in doubt", reason=f"no answer came: {_what(error)}", size=size)
         if isinstance(answer, Refused):
             memory.thaw()
             return Sent(outcome="stayed", reason=answer.text, size=size)
@@ -102,3 +101,10 @@ class Departure:
                 break
             last = size
         return total
+
+
+def _what(error: Exception) -> str:
+    if isinstance(error, OSError | EOFError | MemfaasError):
+        return getattr(error, "strerror", None) or str(error) or "the connection ended"
+    logger.exception("a lease could not be sent")
+    return f"a fault: {error!r}"

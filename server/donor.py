@@ -19,6 +19,7 @@ from memfaas.config import DonorSettings
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
 from memfaas.fabric import boot_id
 from memfaas.messages import (
+    LONGEST_DEADLINE_S,
     Adopt,
     Arrived,
     Done,
@@ -303,7 +304,8 @@ class Agent:
         """Raises UsageError."""
         _check_holder(message.holder)
         self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
-        reclaimed = await self._reclaimer.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
+        deadline = min(message.deadline, LONGEST_DEADLINE_S)
+        reclaimed = await self._reclaimer.reclaim(message.size, deadline, message.holder, in_all=message.in_all)
         self._reservations_changed()
         return reclaimed
 
