@@ -24,7 +24,7 @@ from memfaas import auth
 from memfaas.addresses import Address
 from memfaas.errors import MemfaasError
 from memfaas.local_agent import SOCKET
-from memfaas.server.slurm import ask, jobs, keys, reclaim
+from memfaas.server.slurm import ask, hosts, keys, reclaim
 
 _SYSLOG = Path("/dev/log")
 
@@ -78,11 +78,10 @@ async def _run(options: argparse.Namespace) -> None:
         match options.which:
             case "prolog-slurmctld":
                 address, credentials = _broker(options)
-                await reclaim.on_controller(address, credentials, job, options.deadline)
+                await reclaim.on_controller(address, credentials, job, _nodes(), options.deadline)
             case "epilog-slurmctld":
                 address, credentials = _broker(options)
-                nodes = jobs.expand(os.environ.get("SLURM_JOB_NODELIST", ""))
-                await reclaim.lend_on_controller(address, credentials, job, nodes)
+                await reclaim.lend_on_controller(address, credentials, job, _nodes())
             case "prolog":
                 _write_key(options, job)
                 await _on_node(options, job)
@@ -99,9 +98,14 @@ async def _on_node(options: argparse.Namespace, job: str) -> None:
     if not socket.exists():
         return  # this node lends nothing
     if options.which == "prolog":
-        await reclaim.on_node(socket, node, job, options.deadline)
+        await reclaim.on_node(socket, node, job, _nodes(), options.deadline)
     else:
         await reclaim.lend_on_node(socket, node, job)
+
+
+def _nodes() -> list[str]:
+    """Of the job: in a Prolog, Slurm 22.05 calls them otherwise. Raises ProtocolError."""
+    return hosts.expand(os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST", ""))
 
 
 def _broker(options: argparse.Namespace) -> tuple[Address, auth.Credentials]:

@@ -1,23 +1,30 @@
-"""What Slurm says of a job: its nodes, and how much memory it may use on each."""
+"""What Slurm says of a job: how much memory it may use on each of its nodes.
+
+Whoever submits a job writes some of what Slurm shows of it, such as its name and its comment, with line
+breaks too. So all that can be is read from fields in which no such text stands.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
 
-import trio
-
-from memfaas.errors import ProtocolError, TransportError
+from memfaas.errors import ProtocolError
+from memfaas.server.slurm import hosts, programs
 from memfaas.units import KIB, MIB
 
 WHOLE_NODE = 1 << 50
 """Bytes: more than any node has. What a job may use where Slurm does not divide the memory."""
 
-_GROUP = re.compile(r"\bNodes=(\S+) CPU_IDs=\S* Mem=(\d+)([KMGTP]?)")
+_TOTAL = re.compile(r"(?:^|,)mem=([0-9.]{1,20})([KMGTP]?)(?:,|$)")
+_GROUP = re.compile(r" {5}Nodes=(\S+) CPU_IDs=\S* Mem=([0-9]{1,15})([KMGTP]?) ")
 _UNITS = {"K": KIB, "": MIB, "M": MIB, "G": MIB << 10, "T": MIB << 20, "P": MIB << 30}
-_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_ROUNDING = 0.01
+"""Slurm may write a large total with two decimals."""
+
+logger = logging.getLogger(__name__)
 
 
 def holder_of(job: str) -> str:
@@ -27,79 +34,70 @@ def holder_of(job: str) -> str:
 
 def job_of(holder: str) -> str | None:
     """The reverse of `holder_of`; None for a holder that is no job."""
-    found = re.fullmatch(r"slurm job (\d+)", holder)
+    found = re.fullmatch(r"slurm job ([0-9]+)", holder)
     return found[1] if found else None
 
 
-@dataclass(frozen=True)
-class Job:
-    job: str
-    memory: dict[str, int]
-    """Node to bytes."""
+async def memory_of(job: str, nodes: list[str]) -> dict[str, int]:
+    """Bytes that a job may use on each of its nodes. Raises ProtocolError, TransportError."""
+    if not nodes:
+        raise ProtocolError(f"Slurm names no node of job {job}")
+    total = parse_total(job, await _show(job, "tres-alloc:2000"))
+    if total is None:
+        return dict.fromkeys(nodes, WHOLE_NODE)
+    if len(nodes) == 1:
+        return {nodes[0]: total}
+    # No other field has how the total is divided, and this one stands amid what the user wrote.
+    return divide(job, nodes, total, await programs.run("scontrol", "--details", "show", "job", job))
 
 
-def parse_job(job: str, text: str) -> Job:
-    """Reads what `scontrol --details --oneliner show job` printed. Raises ProtocolError.
+def parse_total(job: str, text: str) -> int | None:
+    """Bytes on all nodes together; None where Slurm does not divide the memory.
 
-    Asked for the first of an array or of a heterogeneous job, Slurm shows all of it.
+    text: what squeue printed, a line for each job: its number and what it was given. Asked for the first of
+    an array or of a heterogeneous job, it shows all of it. Raises ProtocolError.
     """
-    for line in text.splitlines():
-        if not line.startswith(f"JobId={job} "):
+    given = dict(line.split(maxsplit=1) for line in text.split("\n") if len(line.split()) == 2)
+    if job not in given:
+        raise ProtocolError(f"Slurm does not show what job {job} was given")
+    found = _TOTAL.search(given[job].strip())
+    return math.ceil(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def divide(job: str, nodes: list[str], total: int, text: str) -> dict[str, int]:
+    """Node to bytes, of `total` bytes in all.
+
+    text: what `scontrol --details show job` printed. Only what names just these nodes, and comes to the
+    total, is Slurm's word. If the user wrote such a thing too, a node gets the least that is said.
+    """
+    said = [one for one in _blocks(job, nodes, text) if abs(sum(one.values()) - total) <= total * _ROUNDING]
+    if said:
+        return {node: min(one[node] for one in said) for node in nodes}
+    logger.warning("job %s: Slurm does not say how its memory is divided; each node frees as much", job)
+    return dict.fromkeys(nodes, -(-total // len(nodes)))
+
+
+def _blocks(job: str, nodes: list[str], text: str) -> Iterator[dict[str, int]]:
+    """What groups of lines, one after the other, say of all these nodes."""
+    shown = ""
+    block: dict[str, int] = {}
+    for line in text.split("\n"):
+        group = _GROUP.match(line)
+        if group is None:
+            if block.keys() == set(nodes) and shown == job:
+                yield block
+            block = {}
+            if record := re.match(r"JobId=([0-9]+) ", line):
+                shown = record[1]
             continue
-        memory = {}
-        for nodes, amount, unit in _GROUP.findall(line):
-            size = int(amount) * _UNITS[unit] or WHOLE_NODE
-            memory.update(dict.fromkeys(expand(nodes), size))
-        if not memory:
-            raise ProtocolError(f"Slurm names no node of job {job}")
-        return Job(job, memory)
-    raise ProtocolError(f"Slurm does not show job {job}")
+        try:
+            names = hosts.expand(group[1], len(nodes))
+        except ProtocolError:  # never Slurm's word of this job
+            continue
+        block.update(dict.fromkeys(names, int(group[2]) * _UNITS[group[3]]))
 
 
-def expand(nodes: str) -> list[str]:
-    """The names in one of Slurm's lists of hosts, such as `rack[1-2]n[01-03,7],login`.
-
-    Raises ProtocolError.
-    """
-    return [name for word in _words(nodes) for name in _expand_word(word)]
-
-
-def _words(text: str) -> Iterator[str]:
-    """What stands between commas that are not in brackets."""
-    yield from re.findall(r"(?:\[[^\]]*\]|[^,])+", text)
-
-
-def _expand_word(word: str) -> list[str]:
-    parts = _BRACKETS.split(word)  # text and content of brackets by turns
-    if any(set("[]") & set(part) for part in parts):
-        raise ProtocolError(f"{word[:100]!r} is not a list of hosts")
-    choices = [_numbers(part) if index % 2 else [part] for index, part in enumerate(parts)]
-    return ["".join(chosen) for chosen in product(*choices)]
-
-
-def _numbers(text: str) -> list[str]:
-    """`1-3,07` is 1, 2, 3, 07: a range is as wide as its first number."""
-    found = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ProtocolError(f"[{text[:100]}] is not a range in a list of hosts")
-        width = len(first)
-        found += [f"{number:0{width}}" for number in range(int(first), int(last if dash else first) + 1)]
-    return found
-
-
-async def ask(job: str) -> Job:
-    """Asks Slurm. Raises ProtocolError, TransportError."""
-    return parse_job(job, await run("scontrol", "--details", "--oneliner", "show", "job", job))
-
-
-async def run(*command: str) -> str:
-    """What one of Slurm's programs prints. Raises TransportError."""
-    try:
-        done = await trio.run_process(command, capture_stdout=True, capture_stderr=True, check=False)
-    except OSError as error:
-        raise TransportError(f"cannot run {command[0]}: {error.strerror}") from error
-    if done.returncode != 0:
-        raise TransportError(f"{' '.join(command)}: {done.stderr.decode(errors='replace').strip()}")
-    return done.stdout.decode(errors="replace")
+async def _show(job: str, field: str) -> str:
+    return await programs.run(
+        "squeue", "--all", "--states=all", "--noheader", f"--jobs={job}", f"--Format=JobID:20,{field}"
+    )

@@ -11,7 +11,7 @@ from memfaas import auth
 from memfaas.addresses import Address
 from memfaas.errors import MemfaasError
 from memfaas.messages import Done, DonorInfo, Lend, Status, StatusReport
-from memfaas.server.slurm import ask, jobs
+from memfaas.server.slurm import ask, jobs, programs
 from memfaas.units import MIB, format_size
 
 _ANSWER_S = 10.0
@@ -45,7 +45,7 @@ class Node:
 def parse_nodes(text: str) -> list[Node]:
     """Reads what `scontrol --oneliner show node` printed."""
     found = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         fields = dict(_FIELD.findall(line))
         if "NodeName" in fields:
             found.append(
@@ -79,9 +79,9 @@ async def scan(address: Address, credentials: auth.Credentials) -> Scan:
     """Asks Slurm and the broker. `credentials` are the operator's. Raises MemfaasError."""
     async with ask.broker(address, credentials) as channel:
         report = await channel.request(Status(), StatusReport, _ANSWER_S)
-    nodes = parse_nodes(await jobs.run("scontrol", "--oneliner", "show", "node"))
+    nodes = parse_nodes(await programs.run("scontrol", "--oneliner", "show", "node"))
     # After the donors were asked: a job that has begun since is not taken for one that has ended.
-    running = set((await jobs.run("squeue", "--noheader", "--format=%A")).split())
+    running = set((await programs.run("squeue", "--noheader", "--format=%A")).split())
     names = {node.name for node in nodes}
     ended = [
         (donor.donor, holder)
@@ -118,7 +118,7 @@ async def publish(found: Scan) -> dict[str, str]:
         ]
         if changes:
             try:
-                await jobs.run("scontrol", "update", f"nodename={node.name}", *changes)
+                await programs.run("scontrol", "update", f"nodename={node.name}", *changes)
             except MemfaasError as error:
                 failed[node.name] = str(error)
     return failed

@@ -25,13 +25,15 @@ _LEND_S = 3.0
 logger = logging.getLogger(__name__)
 
 
-async def on_controller(address: Address, credentials: auth.Credentials, job: str, deadline_s: float) -> None:
+async def on_controller(
+    address: Address, credentials: auth.Credentials, job: str, nodes: list[str], deadline_s: float
+) -> None:
     """PrologSlurmctld: every donor among the job's nodes frees what the job may use there.
 
     Logs what came of it, and which donors did not do it. Raises MemfaasError when it came to nothing.
     """
     started = time.monotonic()
-    memory = (await jobs.ask(job)).memory
+    memory = await jobs.memory_of(job, nodes)
     answers: dict[str, Reclaimed] = {}
     async with ask.broker(address, credentials) as channel:
 
@@ -54,7 +56,7 @@ async def on_controller(address: Address, credentials: auth.Credentials, job: st
         _complain(job, node, answer)
 
 
-async def on_node(socket: Path, node: str, job: str, deadline_s: float) -> None:
+async def on_node(socket: Path, node: str, job: str, nodes: list[str], deadline_s: float) -> None:
     """Prolog: the node's own donor frees the memory, if the broker has not told it to. Raises MemfaasError."""
     async with local_agent.connected(socket) as channel:
         # Nothing more is taken by this, but the answer says what is set aside for the job, once it is free.
@@ -62,7 +64,7 @@ async def on_node(socket: Path, node: str, job: str, deadline_s: float) -> None:
         if known.held:
             logger.info("job %s: %s has set %s aside for it", job, node, format_size(known.held))
             return
-        size = (await jobs.ask(job)).memory.get(node, jobs.WHOLE_NODE)
+        size = (await jobs.memory_of(job, nodes)).get(node, jobs.WHOLE_NODE)
         answer = await channel.request(_needs(node, size, deadline_s, job), Reclaimed, deadline_s + _GRACE_S)
     logger.warning(
         "job %s: %s had not heard of it from the broker, and freed %s itself within %s",

@@ -71,6 +71,41 @@ def test_all_nodes_of_a_job_give_their_memory_back(site: Site) -> None:
     assert site.center.wait_ended(job) == "COMPLETED"
 
 
+def _forged(*groups: str) -> str:
+    """Lines as Slurm shows them of a job."""
+    return "x" + "".join(f"\n     Nodes={group} GRES=" for group in groups)
+
+
+_FORGED = {
+    "lines": _forged("donor[0-2] CPU_IDs=0 Mem=1", "donor[0-999999999] CPU_IDs=0 Mem=8000"),
+    "one line": "x Nodes=donor[0-2] CPU_IDs=0 Mem=8000",
+    "line separator": "x\u2028     Nodes=donor0 CPU_IDs=0 Mem=1 GRES=",
+}
+
+
+@pytest.mark.parametrize("how", _FORGED)
+def test_what_a_user_calls_a_job_does_not_tell_how_much_memory_it_takes(site: Site, how: str) -> None:
+    """Not of the job's nodes, not of others."""
+    go_on = site.center.folder / f"go-on after {how}"
+    wait = f"while [ ! -e '{go_on}' ]; do sleep 0.1; done"
+    options = ("--job-name", _FORGED[how], "--comment", _FORGED[how], "--wrap", wait)
+    elsewhere = _submit(site, f"--nodelist={PLAIN_NODE}", "--mem=100", *options, user=USER)
+    one = _submit(site, "--nodelist=donor2", "--ntasks=1", "--mem=70", *options, user=USER)
+    # Two processors on one node, and one on the other.
+    two = _submit(site, "--nodelist=donor[0-1]", "--ntasks=3", "--mem-per-cpu=50", *options, user=USER)
+    jobs = [elsewhere, one, two]
+    wait_for(lambda: _states(site, jobs) == ["RUNNING"] * 3, "all run", _LONG_S, site.explain)
+    taken = {name: info.reclaimed for name, info in site.donors().items()}
+    assert taken.pop("donor2") == {f"slurm job {one}": 70 * MIB}, site.explain()
+    assert sorted(taken.values(), key=str) == [{f"slurm job {two}": size * MIB} for size in (100, 50)], site.explain()
+    go_on.touch()
+    assert [site.center.wait_ended(job) for job in jobs] == ["COMPLETED"] * 3
+
+
+def _states(site: Site, jobs: list[str]) -> list[str]:
+    return [site.center.job(job)["JobState"] for job in jobs]
+
+
 @contextmanager
 def broker_away(site: Site, how: str) -> Iterator[None]:
     if how == "killed":

@@ -84,11 +84,11 @@ def slurm_knows_the_job(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which jobs Slurm was asked for."""
     asked = []
 
-    async def ask_slurm(job: str) -> jobs.Job:
+    async def ask_slurm(job: str, nodes: list[str]) -> dict[str, int]:
         asked.append(job)
-        return jobs.Job(job, NODES)
+        return {node: NODES[node] for node in nodes}
 
-    monkeypatch.setattr(jobs, "ask", ask_slurm)
+    monkeypatch.setattr(jobs, "memory_of", ask_slurm)
     return asked
 
 
@@ -97,7 +97,7 @@ async def test_every_donor_of_a_job_is_asked_for_what_the_job_may_use(
 ) -> None:
     side = FakeSide()
     with caplog.at_level(logging.INFO):
-        await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+        await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", list(NODES), 5)
     asked = {one.donor: one for one in side.asked if isinstance(one, Reclaim)}
     assert {name: one.size for name, one in asked.items()} == NODES
     assert {(one.holder, one.in_all) for one in asked.values()} == {("slurm job 17", True)}
@@ -108,7 +108,7 @@ async def test_every_donor_of_a_job_is_asked_for_what_the_job_may_use(
 async def test_memory_that_is_late_or_lost_is_named(nursery: trio.Nursery, caplog: pytest.LogCaptureFixture) -> None:
     side = FakeSide()
     side.in_time = False
-    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", list(NODES), 5)
     assert "node1 freed only 100 MiB of 100 MiB in time" in caplog.text
     assert "node2 lost shard 3 of store s" in caplog.text
 
@@ -118,13 +118,13 @@ async def test_one_donor_that_fails_does_not_hide_the_others(
 ) -> None:
     side = FakeSide()
     side.failure = TransportError("it is not connected")
-    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", 5)
+    await reclaim.on_controller(await tcp(nursery, side.as_broker), OPERATOR, "17", list(NODES), 5)
     assert caplog.text.count("it is not connected") == len(NODES)
 
 
 async def test_an_absent_broker_is_an_error() -> None:
     with pytest.raises(BrokerUnavailable):
-        await reclaim.on_controller(Address("127.0.0.1", 1), OPERATOR, "17", 5)
+        await reclaim.on_controller(Address("127.0.0.1", 1), OPERATOR, "17", list(NODES), 5)
 
 
 async def test_a_broker_that_lets_nobody_in_is_given_up(nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ async def test_a_broker_that_lets_nobody_in_is_given_up(nursery: trio.Nursery, m
         await trio.sleep_forever()
 
     with pytest.raises(BrokerUnavailable, match="let nobody in"):
-        await reclaim.on_controller(await tcp(nursery, silent), OPERATOR, "17", 5)
+        await reclaim.on_controller(await tcp(nursery, silent), OPERATOR, "17", list(NODES), 5)
 
 
 async def test_a_broker_that_does_not_answer_is_given_up_after_the_deadline(
@@ -147,7 +147,7 @@ async def test_a_broker_that_does_not_answer_is_given_up_after_the_deadline(
             await trio.sleep_forever()
             raise AssertionError
 
-    await reclaim.on_controller(await tcp(nursery, Mute().as_broker), OPERATOR, "17", 0.05)
+    await reclaim.on_controller(await tcp(nursery, Mute().as_broker), OPERATOR, "17", list(NODES), 0.05)
     assert caplog.text.count("did not answer Reclaim") == len(NODES)
 
 
@@ -158,7 +158,7 @@ async def test_a_broker_that_talks_nonsense_is_given_up(
         await rpc.admit(stream, SECRET)
         await stream.send_all(rpc.frame(b"nonsense"))
 
-    await reclaim.on_controller(await tcp(nursery, nonsense), OPERATOR, "17", 5)
+    await reclaim.on_controller(await tcp(nursery, nonsense), OPERATOR, "17", list(NODES), 5)
     assert caplog.text.count("the connection to the broker") == len(NODES)
 
 
@@ -167,7 +167,7 @@ async def test_a_node_that_was_told_by_the_broker_asks_slurm_nothing(
 ) -> None:
     side = FakeSide(held=100 * MIB)
     await unix(nursery, tmp_path / "agent.sock", side.as_agent)
-    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", list(NODES), 5)
     assert [one.size for one in side.asked if isinstance(one, Reclaim)] == [0]
     assert slurm_knows_the_job == []
 
@@ -177,7 +177,7 @@ async def test_a_node_that_the_broker_did_not_tell_frees_the_memory_itself(
 ) -> None:
     side = FakeSide()
     await unix(nursery, tmp_path / "agent.sock", side.as_agent)
-    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+    await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", list(NODES), 5)
     assert [one.size for one in side.asked if isinstance(one, Reclaim)] == [0, NODES["node1"]]
     assert "had not heard of it from the broker" in caplog.text
 
@@ -193,7 +193,7 @@ async def test_both_epilogs_lend_again_what_the_job_had(nursery: trio.Nursery, t
 
 async def test_a_dead_donors_socket_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match="no donor answers"):
-        await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", 5)
+        await reclaim.on_node(tmp_path / "agent.sock", "node1", "17", list(NODES), 5)
 
 
 # --- the program ----------------------------------------------------------------------------------

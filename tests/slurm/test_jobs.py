@@ -7,14 +7,9 @@ import pytest
 
 from memfaas.errors import ProtocolError, TransportError
 from memfaas.messages import DonorInfo, Memory, StatusReport, StoreInfo, StoreSpec
-from memfaas.server.slurm import jobs, nodes, stores
+from memfaas.server.slurm import jobs, nodes, programs, stores
 from memfaas.units import GIB, MIB
 
-_JOB = (
-    "JobId=17 JobName=wrap UserId=root(0) JobState=CONFIGURING NodeList=node[1-3] BatchHost=node1 NumNodes=3 "
-    "TRES=cpu=3,mem=3600M,node=3 JOB_GRES=(null) Nodes=node[1-2] CPU_IDs=0 Mem=1200 GRES= "
-    "Nodes=node3 CPU_IDs=0-1 Mem=2G GRES= MinCPUsNode=1 MinMemoryNode=1200M Command=/bin/Nodes=x \n"
-)
 _NODES = (
     "NodeName=node1 Arch=x86_64 CPUAlloc=0 State=IDLE RealMemory=8000 AllocMem=0 FreeMem=22013 OS=Linux 6.1 #1 SMP @0 "
     'Comment=see ticket 5 a=b Extra={"rack": 1, "memfaas":{"lent_mib":1}} BootTime=2026-11-24T03:24:59\n'
@@ -22,43 +17,82 @@ _NODES = (
 )
 
 
+_SHOWN = (
+    "17                  cpu=3,mem=300M,node=2,billing=3   \n"
+    "18                  cpu=1,mem=1T,node=1,gres/gpu=2   \n"
+    "19                  cpu=1,node=1,billing=1   \n"
+    "20                  \n"
+    "21                  cpu=1,mem=187.50G,node=1   \n"
+)
+_RECORD = (
+    "JobId=17 JobName={name}\n   UserId=root(0) MCS_label=N/A\n   TRES=cpu=3,mem=300M,node=2\n   JOB_GRES=(null)\n"
+    "     Nodes=node1 CPU_IDs=0-1 Mem=200 GRES=\n     Nodes=node2 CPU_IDs=0 Mem=100 GRES=\n"
+    "   MinCPUsNode=1 MinMemoryCPU=100M\n   Command=/bin/true\n   Comment={comment} \n   Power=\n   \n\n"
+)
+
+
+def divided(name: str = "wrap", comment: str = "(null)", before: str = "") -> dict[str, int]:
+    text = before + _RECORD.format(name=name, comment=comment)
+    return {node: size // MIB for node, size in jobs.divide("17", ["node1", "node2"], 300 * MIB, text).items()}
+
+
+def forged(*groups: str) -> str:
+    """As a job's name or comment, with line breaks."""
+    return "x" + "".join(f"\n     Nodes={group} GRES=" for group in groups)
+
+
+def test_what_a_job_was_given_is_read() -> None:
+    totals = {job: jobs.parse_total(job, _SHOWN) for job in ("17", "18", "21")}
+    assert totals == {"17": 300 * MIB, "18": 1024 * GIB, "21": 375 * GIB // 2}
+
+
+def test_a_job_has_no_total_where_slurm_does_not_divide_memory() -> None:
+    assert jobs.parse_total("19", _SHOWN) is None
+
+
+@pytest.mark.parametrize("job", ["1", "20", "2"])
+def test_a_job_that_slurm_does_not_describe_is_an_error(job: str) -> None:
+    with pytest.raises(ProtocolError):
+        jobs.parse_total(job, _SHOWN)
+
+
+def test_memory_is_read_for_each_node() -> None:
+    assert divided() == {"node1": 200, "node2": 100}
+
+
 @pytest.mark.parametrize(
-    ("text", "names"),
+    "text",
     [
-        ("", []),
-        ("node1", ["node1"]),
-        ("node[1-3]", ["node1", "node2", "node3"]),
-        ("node[08-10,2],login", ["node08", "node09", "node10", "node2", "login"]),
-        ("a,rack[1-2]n[01-02]x", ["a", "rack1n01x", "rack1n02x", "rack2n01x", "rack2n02x"]),
+        "x Nodes=node[1-2] CPU_IDs=0 Mem=8000 GRES=",
+        forged("node[1-2] CPU_IDs=0 Mem=8000"),
+        forged("node[1-2] CPU_IDs=0 Mem=1"),
+        forged("node1 CPU_IDs=0 Mem=1"),
+        forged("node1 CPU_IDs=0 Mem=100", "node2 CPU_IDs=0 Mem=100", "other CPU_IDs=0 Mem=100"),
+        forged("node[1-999999999] CPU_IDs=0 Mem=1", "node[1-9][1-999999][1-99999] CPU_IDs=0 Mem=1"),
+        "x\u2028     Nodes=node1 CPU_IDs=0 Mem=1 GRES=",
     ],
 )
-def test_a_list_of_hosts_is_expanded(text: str, names: list[str]) -> None:
-    assert jobs.expand(text) == names
+def test_what_a_user_writes_is_not_taken_for_slurms_word(text: str) -> None:
+    assert divided(name=text, comment=text) == {"node1": 200, "node2": 100}
 
 
-@pytest.mark.parametrize("text", ["node[", "node]1", "node[a-b]", "node[1-]", "node[]", "a[1]b]"])
-def test_what_is_no_list_of_hosts_is_refused(text: str) -> None:
+def test_a_user_who_writes_the_right_total_gets_no_more_than_without() -> None:
+    assert divided(comment=forged("node1 CPU_IDs=0 Mem=10", "node2 CPU_IDs=0 Mem=290")) == {"node1": 10, "node2": 100}
+
+
+def test_other_tasks_of_an_array_are_not_taken_for_the_first() -> None:
+    other = _RECORD.format(name="wrap", comment="").replace("JobId=17 ", "JobId=18 ArrayJobId=17 ")
+    other = other.replace("Mem=200", "Mem=150").replace("Mem=100", "Mem=150")
+    assert divided(before=other) == {"node1": 200, "node2": 100}
+
+
+def test_nodes_have_equal_shares_when_slurm_does_not_say_how_memory_is_divided() -> None:
+    assert jobs.divide("17", ["a", "b", "c"], 10, "") == {"a": 4, "b": 4, "c": 4}
+
+
+async def test_a_job_without_nodes_is_an_error() -> None:
     with pytest.raises(ProtocolError):
-        jobs.expand(text)
-
-
-def test_memory_of_a_job_is_read_for_each_node() -> None:
-    assert jobs.parse_job("17", _JOB).memory == {"node1": 1200 * MIB, "node2": 1200 * MIB, "node3": 2 * GIB}
-
-
-def test_the_first_task_of_an_array_is_told_from_the_others() -> None:
-    others = _JOB.replace("JobId=17 ", "JobId=18 ArrayJobId=17 ").replace("node", "other")
-    assert set(jobs.parse_job("17", others + _JOB).memory) == {"node1", "node2", "node3"}
-
-
-def test_a_job_may_use_all_where_slurm_does_not_divide_memory() -> None:
-    assert set(jobs.parse_job("17", _JOB.replace("Mem=1200", "Mem=0")).memory.values()) == {jobs.WHOLE_NODE, 2 * GIB}
-
-
-@pytest.mark.parametrize("text", ["", "slurm_load_jobs error", "JobId=1 Nodes=a CPU_IDs=0 Mem=1", "JobId=17 Pending"])
-def test_a_job_that_slurm_does_not_describe_is_an_error(text: str) -> None:
-    with pytest.raises(ProtocolError):
-        jobs.parse_job("17", text)
+        await jobs.memory_of("17", [])
 
 
 def test_a_holder_names_its_job() -> None:
@@ -66,9 +100,22 @@ def test_a_holder_names_its_job() -> None:
     assert jobs.job_of("operator") is None
 
 
+# --- Slurm's programs -----------------------------------------------------------------------------
+
+
 async def test_a_missing_program_of_slurm_is_named() -> None:
     with pytest.raises(TransportError, match="no-such-scontrol"):
-        await jobs.run("no-such-scontrol")
+        await programs.run("no-such-scontrol")
+
+
+async def test_slurms_programs_see_nothing_of_what_others_chose_to_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SQUEUE_USERS", "SQUEUE_FORMAT2", "SCONTROL_ALL"):
+        monkeypatch.setenv(name, "x")
+    seen = await programs.run("env")
+    assert [line for line in seen.split("\n") if line.startswith("S") and line.endswith("=x")] == ["SLURM_CONF=x"]
+
+
+# --- nodes ----------------------------------------------------------------------------------------
 
 
 def test_nodes_are_read() -> None:
