@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from memfaas.bench import bars, idle, kv, lease, report, result
+from memfaas.bench import bars, idle, kv, lease, pressure, report, result
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
 from memfaas.bench.reclaim import report as reclaim_report
@@ -151,6 +151,23 @@ def idle_command(seconds: float) -> None:
     with _progress() as progress:
         figures = idle.measure_idle(seconds, progress)
     Console().print(report.show_idle(figures))
+
+
+@bench.command("pressure")
+@click.option("--seconds", type=_Duration(), default=pressure.SECONDS, show_default=True, help="How long to watch.")
+@click.option("--rounds", type=click.IntRange(min=0), default=pressure.ROUNDS, show_default=True, help="How often.")
+def pressure_command(seconds: float, rounds: int) -> None:
+    """What it costs that a donor watches its node, and how soon a program gets memory that is lent.
+
+    The donor's headroom is chosen so that its node is just above it: there it looks most often.
+    """
+    try:
+        with _progress() as progress:
+            figures = pressure.measure_pressure(seconds, rounds, progress)
+    except pressure.Disturbed as error:
+        raise click.ClickException(str(error)) from error
+    for line in figures.lines():
+        Console().print(line)
 
 
 @bench.command("reclaim")
