@@ -131,8 +131,8 @@ class AsyncSession:
     ) -> messages.Reclaimed:
         return await _in_thread(self._session.reclaim, donor, size, deadline, holder)
 
-    async def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
-        await _in_thread(self._session.lend, donor, holder)
+    async def lend(self, donor: str, holder: str = auth.OPERATOR) -> int:
+        return await _in_thread(self._session.lend, donor, holder)
 
 
 class AsyncStore:

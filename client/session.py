@@ -254,12 +254,12 @@ class Session:
         message = messages.Reclaim(donor=donor, size=amount, deadline=seconds, holder=holder)
         return self._request(message, messages.Reclaimed, timeout_s=message.patience, once=True)
 
-    def lend(self, donor: str, holder: str = auth.OPERATOR) -> None:
-        """A donor may lend again what this holder took back from it. Nothing happens if it took nothing.
+    def lend(self, donor: str, holder: str = auth.OPERATOR) -> int:
+        """A donor may lend again what this holder took back from it. Returns how many bytes; 0 if it took nothing.
 
         Only the tenant `operator` may. Raises AccessError, UsageError, BrokerUnavailable, DeadlineExceeded.
         """
-        self._request(messages.Lend(donor=donor, holder=holder), messages.Done)
+        return self._request(messages.Lend(donor=donor, holder=holder), messages.Lent).size
 
     def close(self) -> None:
         """Ends the session. Its leases are freed at once. Closing twice does nothing."""

@@ -132,7 +132,10 @@ def read_credentials(path: Path, tenant: str | None = None) -> Credentials:
     if not colon:
         return Credentials.of_tenant(_key_of_hex(text, path), tenant or _login())
     if tenant is not None and tenant != name:
-        raise AccessError(f"{path} is the key of tenant {name!r}, not of {tenant!r}")
+        raise AccessError(
+            f"{path} is the key of tenant {name!r}, not of {tenant!r}; name the cluster's secret, or the key of "
+            f"{tenant!r}, with --secret-file or MEMFAAS_SECRET_FILE"
+        )
     return Credentials(name, _key_of_hex(key, path))
 
 

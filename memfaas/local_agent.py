@@ -32,7 +32,8 @@ async def connected(path: Path) -> AsyncIterator[rpc.Channel]:
         raise AccessError(f"{path}: only the donor's user and root may ask it") from error
     except OSError as error:
         raise TransportError(
-            f"no donor answers at {path} ({error.strerror}); is it running, under this name?"
+            f"no donor answers at {path} ({error.strerror}); does it run, under this name (--node), and with "
+            "its sockets in this folder (--runtime-dir)?"
         ) from error
     async with rpc.asking(stream, f"the donor at {path}") as channel:
         yield channel

@@ -169,6 +169,12 @@ class LeaseInfo(Struct, frozen=True, kw_only=True):
     links: dict[str, int]
     """Open links by fabric, as the function last said."""
     state: LeaseState = "held"
+    shard: int | None = None
+    """Its number in the store; None for a region."""
+    priority: int = 0
+    """Of its tenant when it was granted: leases of lower priority are moved first."""
+    borrowed: bool = False
+    """Granted beyond its tenant's quota: moved before all that are within."""
 
 
 class StoreInfo(Struct, frozen=True, kw_only=True):
@@ -177,6 +183,17 @@ class StoreInfo(Struct, frozen=True, kw_only=True):
     lost_shards: list[int]
     dropped: int = 0
     """Keys that went when donors needed their memory, since the broker started (`on_reclaim="drop"`)."""
+
+
+class TenantInfo(Struct, frozen=True, kw_only=True):
+    tenant: str
+    leased: int
+    """Bytes of donors' memory that its leases take."""
+    borrowed: int
+    """Part of `leased` that was granted beyond the quota."""
+    quota: int | None
+    """Bytes of donors' memory; None is no limit."""
+    priority: int
 
 
 class SessionInfo(Struct, frozen=True, kw_only=True):
@@ -281,6 +298,8 @@ class StatusReport(Message, frozen=True, kw_only=True):
     leases: list[LeaseInfo]
     stores: list[StoreInfo]
     sessions: list[SessionInfo]
+    tenants: list[TenantInfo] = []
+    """Those that lease something, or have a share of their own."""
 
 
 class Status(Message, frozen=True, kw_only=True):
@@ -341,6 +360,11 @@ class Reclaimed(Message, frozen=True, kw_only=True):
     steps: list[FreedBytes]
     held: int = 0
     """Bytes that this holder has taken back in all now."""
+    wanted: int = 0
+    """Bytes that the request named; more than `asked` when the donor did not lend so much, or when
+    (`in_all`) part of it had been taken back before."""
+    deadline: float = 0.0
+    """Seconds, as in the request."""
 
 
 class Reclaim(Message, frozen=True, kw_only=True):
@@ -371,6 +395,13 @@ class Lend(Message, frozen=True, kw_only=True):
     holder: str
 
 
+class Lent(Done, frozen=True, kw_only=True):
+    """Reply of `Lend`: done, and how much it was."""
+
+    size: int
+    """Bytes that are lent again; 0 when this holder had taken nothing."""
+
+
 class Usage(Struct, frozen=True, kw_only=True):
     """Byte-seconds of one tenant's leases on one donor."""
 
@@ -399,6 +430,8 @@ class UsageReport(Message, frozen=True, kw_only=True):
     now: float
     tenants: list[Usage]
     donors: list[DonorUsage]
+    tenant: str | None = None
+    """Whose part it is; None: everybody's."""
 
 
 class AskUsage(Message, frozen=True, kw_only=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import select
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -28,6 +30,7 @@ from memfaas.errors import (
     TransportError,
     from_code,
 )
+from memfaas.units import format_duration
 
 if TYPE_CHECKING:
     from memfaas.messages import Message
@@ -36,8 +39,11 @@ MAX_FRAME = 8 << 20
 MAX_HANDSHAKE_FRAME = 4096
 HANDSHAKE_TIMEOUT_S = 5.0
 _LENGTH = struct.Struct(">I")
-_REQUEST, _REPLY, _ERROR, _NOTICE = range(4)
+_REQUEST, _REPLY, _ERROR, _NOTICE, _WITHDRAWN = range(5)
+_WITHDRAW_S = 1.0
 _PENDING_MAX = 1024
+_QUIET_ROUNDS = 3
+"""Of the scheduler: so many after the last byte was read, what it belongs to has been dealt with."""
 
 R = TypeVar("R", bound="Message")
 logger = logging.getLogger(__name__)
@@ -171,6 +177,7 @@ class Channel:
         self._send_lock = trio.Lock()
         self._next_id = 0
         self._pending: dict[int, trio.MemorySendChannel[Message | MemfaasError]] = {}
+        self._serving: dict[int, trio.CancelScope] = {}
         self._closed = False
 
     @property
@@ -207,7 +214,11 @@ class Channel:
         if kind == _REQUEST:
             if len(nursery.child_tasks) >= _PENDING_MAX:
                 raise ProtocolError(f"more than {_PENDING_MAX} requests at once")
-            nursery.start_soon(self._serve, number, body)
+            scope = self._serving[number] = trio.CancelScope()
+            nursery.start_soon(self._serve, number, body, scope)
+        elif kind == _WITHDRAWN:
+            if number in self._serving:
+                self._serving[number].cancel()
         elif kind == _NOTICE:
             self._handler.on_notice(messages.decode(body))
         elif kind in (_REPLY, _ERROR):
@@ -218,7 +229,15 @@ class Channel:
         else:
             raise ProtocolError(f"unknown kind of frame {kind}")
 
-    async def _serve(self, number: int, body: bytes) -> None:
+    async def _serve(self, number: int, body: bytes, scope: trio.CancelScope) -> None:
+        try:
+            with scope:
+                await self._answer(number, body)
+        finally:
+            if self._serving.get(number) is scope:
+                del self._serving[number]
+
+    async def _answer(self, number: int, body: bytes) -> None:
         try:
             reply = await self._handler.on_request(messages.decode(body))
             kind, payload = _REPLY, messages.encode(reply)
@@ -247,32 +266,47 @@ class Channel:
                 await trio.aclose_forcefully(self._stream)
                 raise
 
-    async def request(self, message: Message, reply: type[R], timeout_s: float = math.inf) -> R:
-        """Asks and waits. Raises the peer's error, TransportError, DeadlineExceeded."""
+    async def request(
+        self, message: Message, reply: type[R], timeout_s: float = math.inf, *, withdraw: bool = False
+    ) -> R:
+        """Asks and waits. Raises the peer's error, TransportError, DeadlineExceeded.
+
+        `withdraw`: when we give up before the answer, the peer need not do it any more (see `caught_up`).
+        """
         if self._closed:
             raise TransportError(f"the connection to {self.peer} is closed")
         self._next_id += 1
         number = self._next_id
         send, receive = trio.open_memory_channel["Message | MemfaasError"](1)
         self._pending[number] = send
+        result: Message | MemfaasError | None = None
         try:
             with trio.fail_after(timeout_s):
                 await self._send(_REQUEST, number, messages.encode(message))
                 result = await receive.receive()
         except trio.TooSlowError:
             raise DeadlineExceeded(
-                f"{self.peer} did not answer {type(message).__name__} within {timeout_s:g} s"
+                f"{self.peer} did not answer {type(message).__name__} within {format_duration(timeout_s)}"
             ) from None
         except trio.EndOfChannel:
             raise TransportError(f"the connection to {self.peer} broke before the answer came") from None
         finally:
             self._pending.pop(number, None)
             send.close()
+            if withdraw and result is None and not self._closed:
+                await self._withdraw(number)
         if isinstance(result, MemfaasError):
             raise result
         if not isinstance(result, reply):
             raise ProtocolError(f"{self.peer} answered {type(message).__name__} with {type(result).__name__}")
         return result
+
+    async def _withdraw(self, number: int) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(_WITHDRAW_S):
+            try:
+                await self._send(_WITHDRAWN, number, b"")
+            except TransportError:
+                pass  # which comes to the same
 
     async def notify(self, message: Message) -> None:
         await self._send(_NOTICE, 0, messages.encode(message))
@@ -280,6 +314,20 @@ class Channel:
     async def aclose(self) -> None:
         self._closed = True
         await self._stream.aclose()
+
+
+async def caught_up(stream: trio.SocketStream) -> None:
+    """Until the channel that reads this stream has read all that has come.
+
+    For a handler that must not do what its asker has given up meanwhile: it is cancelled here. The request may be
+    old, for this process may have stood still, and whoever waited for it has then withdrawn it, or hung up.
+    """
+    unread = select.poll()
+    unread.register(stream.socket, select.POLLIN)
+    quiet = 0
+    while quiet < _QUIET_ROUNDS:
+        quiet = 0 if unread.poll(0) else quiet + 1
+        await trio.lowlevel.checkpoint()
 
 
 def _outcome(kind: int, body: bytes) -> Message | MemfaasError:
@@ -349,5 +397,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, trio.TooSlowError):
         return f"no answer in {HANDSHAKE_TIMEOUT_S:g} s"
     if isinstance(error, OSError) and error.__cause__ is not None and isinstance(error.__cause__, BaseExceptionGroup):
-        return "; ".join(sorted({str(e) for e in error.__cause__.exceptions}))
-    return str(error)
+        return "; ".join(sorted({_reason(e) for e in error.__cause__.exceptions}))
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)  # trio's own text names the address once more
+    return getattr(error, "strerror", None) or str(error)

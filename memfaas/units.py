@@ -44,6 +44,7 @@ _NUMBER = r"([0-9]{1,20}(?:\.[0-9]{1,20})?)"
 _SIZE = re.compile(rf"{_NUMBER}\s*([a-z]*)", re.ASCII)
 _DURATION_PART = re.compile(rf"{_NUMBER}\s*([a-zµ]+)\s*")
 _SECONDS = re.compile(_NUMBER)
+_NEGATIVE = re.compile(r"-\s*[0-9]")
 
 _SIZE_HELP = "a size is a number of bytes, or a number with a unit, like 512MiB, 16GiB, 64k or 1.5GB"
 _DURATION_HELP = "a duration is a number of seconds, or numbers with units, like 500ms, 30s, 5min or 1h30min"
@@ -55,7 +56,10 @@ def parse_size(value: str | SupportsIndex) -> int:
     Raises UsageError when it makes no sense.
     """
     if isinstance(value, str):
-        match = _SIZE.fullmatch(value.strip().lower())
+        text = value.strip().lower()
+        match = _SIZE.fullmatch(text)
+        if _NEGATIVE.match(text):
+            raise UsageError(f"{_shown(value)} is not a size: it must not be negative")
         if match is None or match[2] not in _SIZE_UNITS:
             raise UsageError(f"{_shown(value)} is not a size; {_SIZE_HELP}")
         size = int(Fraction(match[1]) * _SIZE_UNITS[match[2]])
@@ -100,6 +104,8 @@ def _parse_duration_text(value: str) -> float:
     text = value.strip().lower()
     if _SECONDS.fullmatch(text):
         return float(text)
+    if _NEGATIVE.match(text):
+        raise UsageError(f"{_shown(value)} is not a duration: it must not be negative")
     total = Fraction(0)
     end = 0
     while match := _DURATION_PART.match(text, end):

@@ -102,7 +102,7 @@ class Book:
     def _put(self, lease: Lease, donor: Donor) -> None:
         """It is with this donor, and with no other."""
         self._take(lease)
-        lease.donor = donor.name
+        lease.donor = lease.last = donor.name
         donor.leases.add(lease.spec.lease)
         donor.over.pop(lease.spec.lease, None)
         donor.left.discard(lease.spec.lease)
@@ -179,6 +179,7 @@ class Book:
         if lease.spec.store is None:
             return self._end(lease, reason)
         lease.state, lease.endpoint, lease.links, lease.until = State.LOST, NOWHERE, {}, math.inf
+        lease.loss = reason
         self.accounts.lease_ended(lease.spec.lease)
         outcome = self._tell(lease, reason)
         store = self.stores[lease.spec.store.store]

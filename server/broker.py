@@ -8,6 +8,7 @@ something does not exist.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import secrets
@@ -78,9 +79,8 @@ class Broker:
     def __init__(self, secret: bytes, ttl: float, placer: Placer | None = None, quotas: Quotas | None = None) -> None:
         self.secret = secret
         self.placer = placer if placer is not None else Placer()
-        self.tables = Tables(
-            trio.current_time, ttl, self.placer.cost, (quotas if quotas is not None else Quotas()).standing
-        )
+        self.quotas = quotas if quotas is not None else Quotas()
+        self.tables = Tables(trio.current_time, ttl, self.placer.cost, self.quotas.standing)
         self.started_at = trio.current_time()
         self.settled_at = self.started_at + SETTLE_S
         self.silent: set[str] = set()
@@ -391,12 +391,17 @@ class Broker:
                 nursery.start_soon(grant, lease, lease.donor)
         return failures[0] if failures else None
 
-    async def ask(self, donor: str, message: Message, reply: type[R], timeout_s: float) -> R:
-        """Asks a donor. Raises what it answers, TransportError, DeadlineExceeded."""
+    async def ask(
+        self, donor: str, message: Message, reply: type[R], timeout_s: float, *, withdraw: bool = False
+    ) -> R:
+        """Asks a donor. Raises what it answers, TransportError, DeadlineExceeded.
+
+        `withdraw`: it need not do it any more when nobody waits for it.
+        """
         channel = self._donors.get(donor)
         if channel is None:
             raise TransportError(f"donor {donor} is not connected")
-        return await channel.request(message, reply, timeout_s)
+        return await channel.request(message, reply, timeout_s, withdraw=withdraw)
 
     # --- ending ---------------------------------------------------------------------------------
 
@@ -465,6 +470,12 @@ def _store_of(shards: list[Lease]) -> bytes:
     return spec.store
 
 
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"{error.strerror}; does a broker run there already? Another --listen-port is another cluster"
+    return error.strerror or str(error)
+
+
 async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = process.announce) -> None:
     """Runs a broker until it is cancelled. `on_ready` gets `address` (as text) once it listens.
 
@@ -479,7 +490,7 @@ async def run_broker(settings: BrokerSettings, on_ready: Callable[..., None] = p
         listeners = await trio.open_tcp_listeners(settings.listen_port, host=settings.listen_host, backlog=4096)
     except OSError as error:
         where = Address(settings.listen_host, settings.listen_port)
-        raise UsageError(f"cannot listen on {where}: {error.strerror or error}") from error
+        raise UsageError(f"cannot listen on {where}: {_reason(error)}") from error
     address = Address(settings.listen_host, listeners[0].socket.getsockname()[1])
     logger.info("broker: listens on %s, leases live %g s", address, settings.lease_ttl)
     on_ready(role="broker", address=str(address))

@@ -32,6 +32,7 @@ from memfaas.messages import (
     LeaseGone,
     LeaseSpec,
     Lend,
+    Lent,
     Memory,
     Message,
     MoveAway,
@@ -67,6 +68,7 @@ _HOME_S = 600.0
 _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
 _REPORT_PAUSE_S = 1.0
+_LONGEST_HOLDER = 255
 _NOTICEABLE = 64 * MIB
 _EVICT_RATE_4K = GIB
 _EVICT_RATE_2M = 32 * GIB
@@ -316,13 +318,13 @@ class Agent:
             self._nursery.start_soon(self._line.say, reclaimed)
         return reclaimed
 
-    async def lend(self, message: Lend) -> Done:
+    async def lend(self, message: Lend) -> Lent:
         """Raises UsageError."""
         _check_holder(message.holder)
-        self._reclaimer.lend(message.holder)
+        lent = self._reclaimer.lend(message.holder)
         self._reservations_changed()
         await self._report()  # who has our answer may ask the broker for the room at once
-        return Done()
+        return Lent(size=lent)
 
     def _reservations_changed(self) -> None:
         reserved = self._reclaimer.reserved
@@ -448,6 +450,7 @@ class Agent:
             case Free():
                 return await process.detached(self._nursery, lambda: self._free(message.lease, message.reason))
             case Reclaim():
+                await self._line.caught_up()  # whoever asked may have given up while this process stood still
                 return await self.reclaim(message)
             case Lend():
                 return await self.lend(message)
@@ -521,6 +524,8 @@ class _DeskPeer:
 
 
 def _check_holder(holder: str) -> None:
+    if not 1 <= len(holder) <= _LONGEST_HOLDER or not holder.isprintable() or holder.isspace():
+        raise UsageError(f"{holder[:40]!r} is not a holder's name: 1 to {_LONGEST_HOLDER} printable characters")
     if holder == HOLDER:
         # What the watch took back is lent again bit by bit, and forgotten by the next agent.
         raise UsageError(f"the holder {HOLDER!r} is the donor itself, when its node is short of memory; take another")

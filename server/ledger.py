@@ -138,16 +138,17 @@ class Ledger:
         self.settle()
         return debt
 
-    def lend(self, holder: str, size: int | None) -> None:
-        """Raises the offer again. What was still owed to this holder is owed no more."""
+    def lend(self, holder: str, size: int | None) -> int:
+        """Raises the offer again, by so many bytes. What was still owed to this holder is owed no more."""
         taken = self.reserved.pop(holder, 0)
-        back = taken if size is None else min(size, taken)
+        back = lent = taken if size is None else min(size, taken)
         if back < taken:
             self.reserved[holder] = taken - back
         for debt in reversed(self.debts):
             if debt.holder == holder:
                 back -= debt.withdraw(back)
         self.settle()
+        return lent
 
     def end(self, debt: Debt) -> None:
         self.debts.remove(debt)

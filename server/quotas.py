@@ -65,7 +65,9 @@ class Quotas:
             return cls()
         try:
             content = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
+            raise UsageError(f"cannot read the tenants' file {path}: {error.strerror}") from error
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise UsageError(f"cannot read the tenants' file {path}: {error}") from error
         for section in content:
             if section not in ("default", "tenants"):
@@ -81,6 +83,11 @@ class Quotas:
                 raise UsageError(f"{where}: {error}") from error
             tenants[name] = _share(where, table, default)
         return cls(tenants, default)
+
+    @property
+    def tenants(self) -> list[str]:
+        """Those with a table of their own."""
+        return list(self._tenants)
 
     def share(self, tenant: str) -> Share:
         return self._tenants.get(tenant, self._default)

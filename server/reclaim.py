@@ -112,17 +112,18 @@ class Reclaimer:
         held = self._ledger.reserved.get(holder, 0)
         result = debt.result(self._donor)
         in_time = result.in_time and all(one.ended.is_set() for one in earlier)
-        return msgspec.structs.replace(result, held=held, in_time=in_time)
+        return msgspec.structs.replace(result, held=held, in_time=in_time, wanted=size, deadline=deadline_s)
 
     def restore(self, reserved: dict[str, int]) -> None:
         """What an earlier agent of this donor had taken back; its reclaims are over."""
         self._ledger.reserved.update(reserved)
         self.changed()
 
-    def lend(self, holder: str, size: int | None = None) -> None:
-        """So many bytes of what this holder took back may be lent again, or all of it."""
-        self._ledger.lend(holder, size)
+    def lend(self, holder: str, size: int | None = None) -> int:
+        """So many bytes of what this holder took back may be lent again, or all of it. Returns how many are."""
+        lent = self._ledger.lend(holder, size)
         self.changed()
+        return lent
 
     def changed(self) -> None:
         """To be called when a lease has come or gone by itself."""

@@ -52,6 +52,10 @@ class Lease:
     donor: str
     """Empty while MISSING or DROPPED."""
     state: State
+    last: str = ""
+    """Donor that had it last, or has it."""
+    loss: str = ""
+    """Why it is LOST."""
     endpoint: Endpoint = NOWHERE
     links: dict[str, int] = field(default_factory=dict)
     until: float = math.inf

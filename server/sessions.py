@@ -26,6 +26,7 @@ from memfaas.messages import (
     DeleteStore,
     Done,
     Lend,
+    Lent,
     Locate,
     Located,
     Message,
@@ -244,16 +245,18 @@ class SessionPeer:
 
     async def _reclaim(self, message: Reclaim) -> Reclaimed:
         self._check_operator(message)
-        if message.size <= 0 or not 0 <= message.deadline < math.inf:
-            raise UsageError(f"cannot take back {message.size} bytes within {message.deadline:g} s")
+        if message.size <= 0:
+            raise UsageError("the size of what is to be taken back must be at least 1 byte")
+        if not 0 <= message.deadline < math.inf:
+            raise UsageError("the deadline must not be negative, and must be finite")
         logger.info("donor %s: %s takes back %d bytes", message.donor, message.holder, message.size)
         reclaimed = await self._ask_donor(message.donor, message, Reclaimed, message.patience)
         self._tables.accounts.donor_reclaimed(message.donor, reclaimed.freed, reclaimed.in_time)
         return reclaimed
 
-    async def _lend(self, message: Lend) -> Done:
+    async def _lend(self, message: Lend) -> Lent:
         self._check_operator(message)
-        return await self._ask_donor(message.donor, message, Done, _ANSWER_S)
+        return await self._ask_donor(message.donor, message, Lent, _ANSWER_S)
 
     async def _usage(self, _: AskUsage) -> UsageReport:
         return self._tables.accounts.report(None if self._tenant == auth.OPERATOR else self._tenant)
@@ -270,12 +273,12 @@ class SessionPeer:
         if not known[donor].connected:
             there = ", ".join(sorted(name for name in known if known[name].connected)) or "none"
             raise TransportError(f"donor {donor} is not connected; connected are {there}")
-        return await self._broker.ask(donor, message, reply, timeout_s)
+        return await self._broker.ask(donor, message, reply, timeout_s, withdraw=True)
 
     async def _status(self, _: Status) -> StatusReport:
         tenant = None if self._tenant == auth.OPERATOR else self._tenant
         now = trio.current_time()
-        return status.report(self._tables, tenant, now, now - self._broker.started_at)
+        return status.report(self._tables, self._broker.quotas, tenant, now, now - self._broker.started_at)
 
 
 def _check_name(name: str) -> None:

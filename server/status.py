@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from memfaas.messages import DonorInfo, LeaseInfo, LeaseState, SessionInfo, StatusReport, StoreInfo
+from memfaas.messages import DonorInfo, LeaseInfo, LeaseState, SessionInfo, StatusReport, StoreInfo, TenantInfo
+from memfaas.server.quotas import Quotas
 from memfaas.server.records import Lease, State, Store
 from memfaas.server.tables import Tables
 
@@ -10,7 +11,7 @@ FABRICS = ["shm", "tcp"]
 """What every memory function of this version offers."""
 
 
-def report(tables: Tables, tenant: str | None, now: float, uptime: float) -> StatusReport:
+def report(tables: Tables, quotas: Quotas, tenant: str | None, now: float, uptime: float) -> StatusReport:
     """All donors, and what belongs to one tenant (or, for None, to anybody)."""
     return StatusReport(
         uptime=uptime,
@@ -50,6 +51,24 @@ def report(tables: Tables, tenant: str | None, now: float, uptime: float) -> Sta
             for session in tables.sessions.values()
             if tenant in (None, session.tenant)
         ],
+        tenants=_tenants(tables, quotas) if tenant is None else [_tenant(tables, quotas, tenant)],
+    )
+
+
+def _tenants(tables: Tables, quotas: Quotas) -> list[TenantInfo]:
+    names = {*quotas.tenants, *(lease.spec.tenant for lease in tables.leases.values())}
+    return [_tenant(tables, quotas, name) for name in sorted(names)]
+
+
+def _tenant(tables: Tables, quotas: Quotas, name: str) -> TenantInfo:
+    share = quotas.share(name)
+    borrowed = [lease for lease in tables.leases.values() if lease.spec.tenant == name and lease.spec.borrowed]
+    return TenantInfo(
+        tenant=name,
+        leased=tables.accounts.leased(name),
+        borrowed=sum(lease.cost for lease in borrowed if lease.state in (State.GRANTING, State.HELD)),
+        quota=share.quota,
+        priority=share.priority,
     )
 
 
@@ -69,6 +88,9 @@ def _lease(tables: Tables, lease: Lease, now: float) -> LeaseInfo:
         expires_in=None if expires is None else max(0.0, expires - now),
         links=lease.links,
         state=_state(lease),
+        shard=None if store is None else spec.shard,
+        priority=spec.priority,
+        borrowed=spec.borrowed,
     )
 
 

@@ -142,6 +142,7 @@ class Accounts:
         return UsageReport(
             since=self._since,
             now=self._wall(),
+            tenant=tenant,
             tenants=[
                 Usage(
                     tenant=whose, donor=donor, leased=account.leased.until(now), populated=account.populated.until(now)

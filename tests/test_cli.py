@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import msgspec
@@ -83,7 +84,9 @@ def fails(result: click.testing.Result, status: int, *words: str) -> None:
 
 
 def test_no_broker(nobody: str) -> None:
-    fails(run("status", "--broker", nobody), 31, "127.0.0.1", "refused")
+    result = run("status", "--broker", nobody)
+    fails(result, 31, "127.0.0.1", "(Connection refused)")
+    assert "Errno" not in result.stderr
 
 
 def test_no_secret_file(tmp_path: Path) -> None:
@@ -140,6 +143,8 @@ def test_no_room(broker_alone: LocalCluster) -> None:
         (["--config", "/does/not/exist", "ls"], ["/does/not/exist"]),
         (["donor", "--memory", "lots"], ["memory", "lots"]),
         (["broker", "--listen-port", "70000"], ["listen_port", "70000"]),
+        (["donor", "--memory", "-5GiB"], ["-5GiB", "must not be negative"]),
+        (["ls", "--timeout", "-1s"], ["-1s", "must not be negative"]),
     ],
 )
 def test_settings_that_make_no_sense(arguments: list[str], words: list[str]) -> None:
@@ -221,54 +226,141 @@ def test_status_for_people(broker_alone: LocalCluster) -> None:
         assert title in result.stdout
 
 
-def test_status_shows_what_was_taken_back_what_was_dropped_and_what_is_on_disk() -> None:
-    memory = messages.Memory(offered=8 * GIB, leased=0, populated=0, available=9 * GIB, headroom=GIB)
-    donor = messages.DonorInfo(
-        donor="node7", node="n", host="h", connected=True, memory=memory, leases=1, fabrics=["tcp"]
+MEMORY = messages.Memory(offered=8 * GIB, leased=0, populated=0, available=9 * GIB, headroom=GIB)
+DONOR = messages.DonorInfo(donor="node7", node="n", host="h", connected=True, memory=MEMORY, leases=1, fabrics=["tcp"])
+SPEC = messages.StoreSpec(
+    store=b"s" * 16,
+    name="x",
+    tenant="bob",
+    size=GIB,
+    shards=1,
+    shard_size=GIB,
+    persistent=False,
+    compression="none",
+    on_reclaim="drop",
+)
+LEASE = messages.LeaseInfo(
+    lease=b"l" * 16,
+    tenant="bob",
+    kind="shard",
+    size=GIB,
+    donor="node7",
+    epoch=3,
+    store="x",
+    sessions=1,
+    expires_in=9,
+    links={},
+    shard=0,
+)
+STORE = messages.StoreInfo(spec=SPEC, sessions=1, lost_shards=[])
+REPORT = messages.StatusReport(uptime=1, donors=[DONOR], leases=[LEASE], stores=[STORE], sessions=[])
+
+
+def lines(width: int = 200, **parts: Any) -> list[str]:
+    """What `memfaas status` shows of a report that has these parts."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(status.tables(msgspec.structs.replace(REPORT, **parts), "here"))
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined, no-any-return]
+
+
+def row(begin: str, **parts: Any) -> str:
+    (found,) = [line for line in lines(**parts) if line.startswith(begin)]
+    return found
+
+
+def lease(**parts: Any) -> messages.LeaseInfo:
+    return msgspec.structs.replace(LEASE, **parts)
+
+
+def test_status_shows_what_was_taken_back_and_what_is_on_disk() -> None:
+    taken = msgspec.structs.replace(DONOR, reclaimed={"job 17": 2 * GIB, "operator": 512 * MIB})
+    assert "2 GiB by job 17, 512 MiB by operator" in row("node7", donors=[taken])
+    assert " memory " in row("node7")
+    assert " disk " in row("node7", donors=[msgspec.structs.replace(DONOR, spill=True)])
+
+
+def test_status_shows_what_was_dropped() -> None:
+    dropped = msgspec.structs.replace(STORE, dropped=7)
+    parts = {"stores": [dropped], "leases": [lease(donor="", state="dropped")]}
+    found = row("x ", **parts)
+    for words in ("a cache", "shards dropped: 0", "7 keys dropped"):
+        assert words in found
+    assert "dropped" in row("6c6c6c6c", **parts)
+
+
+@pytest.mark.parametrize(
+    ("shard", "store", "words"),
+    [
+        ({}, {}, "complete"),
+        ({"state": "missing", "donor": "", "shard": 3}, {}, "shards missing: 3"),
+        ({"state": "lost", "shard": 3}, {"lost_shards": [3]}, "shards lost: 3"),
+        ({"state": "granting"}, {}, "being made"),
+        ({"store": "y", "state": "missing"}, {}, "complete"),
+    ],
+)
+def test_a_store_is_complete_only_when_all_its_shards_are_there(
+    shard: dict[str, Any], store: dict[str, Any], words: str
+) -> None:
+    assert words in row("x ", leases=[lease(**shard)], stores=[msgspec.structs.replace(STORE, **store)])
+
+
+def test_a_lease_is_not_shown_as_held_while_its_donor_is_away() -> None:
+    away = [msgspec.structs.replace(DONOR, connected=False)]
+    assert "node7 (away)" in row("node7", donors=away)
+    assert " donor away " in row("6c6c6c6c", donors=away)
+    assert "shards with a donor that is away: 0" in row("x ", donors=away)
+    assert " held " in row("6c6c6c6c")
+
+
+def test_a_lease_has_the_number_of_its_shard() -> None:
+    assert row("6c6c6c6c", leases=[lease(shard=17)]).split()[:4] == ["6c6c6c6c", "store", "x", "17"]
+
+
+def test_status_shows_quotas_and_what_is_borrowed() -> None:
+    bob = messages.TenantInfo(tenant="bob", leased=3 * GIB, borrowed=GIB, quota=2 * GIB, priority=-5)
+    assert row("bob ", tenants=[bob]).split() == ["bob", "3", "GiB", "2", "GiB", "1", "GiB", "-5"]
+    assert row("bob ", tenants=[msgspec.structs.replace(bob, quota=None)]).split()[3] == "none"
+    assert "held, borrowed" in row("6c6c6c6c", leases=[lease(borrowed=True)])
+
+
+def test_brackets_in_names_are_no_markup() -> None:
+    names = "run[bold]7", "job[/y]"
+    taken = msgspec.structs.replace(DONOR, reclaimed={names[1]: GIB})
+    spec = msgspec.structs.replace(SPEC, name=names[0])
+    parts = {
+        "donors": [taken],
+        "stores": [msgspec.structs.replace(STORE, spec=spec)],
+        "leases": [lease(store=names[0])],
+    }
+    assert "1 GiB by job[/y]" in row("node7", **parts)
+    assert row("run[bold]7 ", **parts)
+    assert "store run[bold]7 " in row("6c6c6c6c", **parts)
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_whole_words() -> None:
+    taken = msgspec.structs.replace(
+        DONOR, donor="node7.cluster", host="192.168.100.17", reclaimed={f"slurm job {job}": GIB for job in range(4)}
     )
-    taken = msgspec.structs.replace(donor, reclaimed={"job 17": 2 * GIB, "operator": 512 * MIB})
-    spill = msgspec.structs.replace(donor, donor="disk7", spill=True)
-    spec = messages.StoreSpec(
-        store=b"s" * 16,
-        name="x",
-        tenant="bob",
-        size=GIB,
-        shards=1,
-        shard_size=GIB,
-        persistent=False,
-        compression="none",
-        on_reclaim="drop",
-    )
-    lease = messages.LeaseInfo(
-        lease=b"l" * 16,
-        tenant="bob",
-        kind="shard",
-        size=GIB,
-        donor="",
-        epoch=3,
-        store="x",
-        sessions=1,
-        expires_in=9,
-        links={},
-        state="dropped",
-    )
-    report = messages.StatusReport(
-        uptime=1,
-        donors=[taken, spill],
-        leases=[lease],
-        stores=[messages.StoreInfo(spec=spec, sessions=1, lost_shards=[], dropped=7)],
-        sessions=[],
-    )
+    narrow = lines(80, donors=[taken], leases=[lease(donor="node7.cluster")])
+    assert max(map(len, narrow)) <= 80
+    (head,) = [line for line in narrow if line.startswith("donor  ")]
+    for name in ("offered", "leased", "available", "taken back"):
+        assert name in head
+    assert "headroom" not in head
+    assert any(line.startswith("node7.cluster") for line in narrow)
+    assert any("1 GiB by slurm job 0" in line for line in narrow)
+    (head,) = [line for line in narrow if line.startswith("lease  ")]
+    for name in ("of", "shard", "size", "donor", "state"):
+        assert f" {name}" in head
+    assert "headroom" in "".join(lines(200, donors=[taken]))
+
+
+def test_figures_are_marked_as_old_while_the_broker_is_away() -> None:
     console = Console(width=200, file=io.StringIO())
-    console.print(status.tables(report, "here"))
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    rows = {line.split()[0]: line for line in lines if line}
-    assert "2 GiB by job 17, 512 MiB by operator" in rows["node7"]
-    assert " memory " in rows["node7"]
-    assert " disk " in rows["disk7"]
-    assert "a cache" in rows["x"]
-    assert "7 keys dropped" in rows["x"]
-    assert "dropped" in rows["6c6c6c6c"]
+    console.print(status._screen(REPORT, "here", "no broker answers", 5.2))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.startswith("broker away, figures of 5 s ago: no broker answers\n")
+    assert "node7" in shown
 
 
 # --- tenants ----------------------------------------------------------------------------------------
@@ -289,7 +381,7 @@ def test_a_key_file_is_not_overwritten(broker_alone: LocalCluster, tmp_path: Pat
     key = tmp_path / "alice.key"
     key.write_text("precious")
     result = run("tenant", "alice", str(key), "--secret-file", str(broker_alone.folder / "secret"))
-    fails(result, 1, "alice.key")
+    fails(result, 2, "alice.key", "there is one already")
     assert key.read_text() == "precious"
 
 
@@ -324,4 +416,18 @@ def test_a_broker_on_a_lifeline_ends_with_it(tmp_path: Path) -> None:
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        fails(run("broker", "--listen-port", port, "--secret-file", str(tmp_path / "secret")), 2, port, "in use")
+        fails(
+            run("broker", "--listen-port", port, "--secret-file", str(tmp_path / "secret")),
+            2,
+            port,
+            "in use",
+            "--listen-port",
+        )
+
+
+def test_a_tenants_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
+    missing = str(tmp_path / "tenants.toml")
+    result = run("broker", "--listen-port", "0", "--tenants-file", missing, "--secret-file", str(tmp_path / "secret"))
+    fails(result, 2, missing, "No such file")
+    assert result.stderr.count(missing) == 1
+    assert "Errno" not in result.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from memfaas.cli import main
 from memfaas.cli import usage as command
-from memfaas.cli.status import make_console
+from memfaas.cli.listing import make_console
 from memfaas.errors import UsageError
 from memfaas.messages import DonorUsage, Usage, UsageReport
 from memfaas.units import GIB

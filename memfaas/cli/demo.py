@@ -19,8 +19,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from memfaas.auth import OPERATOR
+from memfaas.cli.listing import make_console
 from memfaas.cli.reclaim import report
-from memfaas.cli.status import donor_table, lease_table, make_console
+from memfaas.cli.status import donor_table, lease_table
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
 from memfaas.errors import CapacityError, DeadlineExceeded, MemfaasError, ValueCorrupt

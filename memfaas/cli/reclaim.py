@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from memfaas import auth, local_agent
+from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import load, settings_options
-from memfaas.cli.status import as_builtins, make_console, make_table
+from memfaas.cli.status import as_builtins
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings, DonorSettings
 from memfaas.errors import UsageError
-from memfaas.messages import Done, FreedBytes, Lend, Reclaim, Reclaimed
+from memfaas.messages import FreedBytes, Lend, Lent, Reclaim, Reclaimed
 from memfaas.units import format_duration, format_size, parse_duration, parse_size
 
 TOO_LATE = 50
@@ -82,7 +83,8 @@ def reclaim(
     without an error. What cannot be moved by the deadline is lost, and named here. From now on the
     donor lends so much less, until `memfaas lend`.
 
-    The exit status is 0 when all of it was free by the deadline, and 50 when it was not.
+    The exit status is 0 when all of it was free by the deadline, and 50 when it was not. A donor that
+    lends less than that gives all it has; with --json, `wanted` is then more than `asked`.
 
     \b
     Examples:
@@ -91,6 +93,8 @@ def reclaim(
         memfaas reclaim --local --bytes 2GiB          (on node7 itself, also without a broker)
     """
     amount, seconds = parse_size(size), parse_duration(deadline)
+    if amount == 0:
+        raise UsageError("--bytes: there is nothing to take back; at least 1 byte")
     if local:
         at = _donor_here(node, given)
         request = Reclaim(donor=at.name, size=amount, deadline=seconds, holder=holder)
@@ -114,7 +118,7 @@ def reclaim(
 def lend(node: str | None, holder: str, local: bool, **given: Any) -> None:
     """Let a donor lend again what was taken back from it by the same holder.
 
-    Nothing happens if that holder had taken nothing.
+    It says how much that is; nothing happens if that holder had taken nothing.
 
     \b
     Example:
@@ -122,10 +126,13 @@ def lend(node: str | None, holder: str, local: bool, **given: Any) -> None:
     """
     if local:
         at = _donor_here(node, given)
-        trio.run(local_agent.ask, at.home, Lend(donor=at.name, holder=holder), Done, _LEND_S)
+        donor = at.name
+        lent = trio.run(local_agent.ask, at.home, Lend(donor=donor, holder=holder), Lent, _LEND_S).size
     else:
+        donor = _named(node)
         with _operator(given) as session:
-            session.lend(_named(node), holder)
+            lent = session.lend(donor, holder)
+    click.echo(f"{donor} lends {format_size(lent)} again" if lent else f"{holder!r} had taken nothing from {donor}")
 
 
 def _operator(given: dict[str, Any]) -> Session:
@@ -148,14 +155,14 @@ def _named(node: str | None) -> str:
 
 def report(answer: Reclaimed) -> RenderableType:
     """For people."""
+    held = f"; {format_size(answer.held)} taken back in all by this holder"
+    short = f"asked for {format_size(answer.wanted)}; it had "
+    if answer.asked == 0:
+        return Text.assemble(f"donor {answer.donor}: ", (f"{short}nothing left to lend", "yellow"), held)
     verdict = Text("in time", "green") if answer.in_time else Text("TOO LATE", "bold red")
-    amounts = f"{format_size(answer.freed)} of {format_size(answer.asked)}"
-    head = Text.assemble(
-        f"donor {answer.donor}: {amounts} free after {format_duration(answer.seconds)}, ",
-        verdict,
-        f"; {format_size(answer.held)} taken back in all by this holder",
-    )
-    parts: list[RenderableType] = [head]
+    parts: list[RenderableType] = [Text.assemble(f"donor {answer.donor}: {_amounts(answer)}, ", verdict, held)]
+    if answer.wanted > answer.asked:
+        parts.append(Text(f"{short}only {format_size(answer.asked)} left to lend", "yellow"))
     if answer.steps:
         parts.append(_steps(answer.steps))
     lost = [step.what for step in answer.steps if step.how == "lost"]
@@ -164,9 +171,20 @@ def report(answer: Reclaimed) -> RenderableType:
     return Group(*parts)
 
 
+def _amounts(answer: Reclaimed) -> str:
+    """How much was free when. Leases leave whole, so that it may be more than was asked; that is not counted."""
+    asked = format_size(answer.asked)
+    if answer.freed >= answer.asked:
+        return f"{asked} of {asked} free after {format_duration(answer.seconds)}"
+    text = f"{format_size(answer.freed)} of {asked} free by the deadline ({format_duration(answer.deadline)})"
+    later = min(sum(step.size for step in answer.steps), answer.asked)
+    if later > answer.freed:
+        text += f", {'all' if later == answer.asked else format_size(later)} after {format_duration(answer.seconds)}"
+    return text
+
+
 def _steps(steps: list[FreedBytes]) -> Table:
-    table = make_table("", "how", ">size", ">after", ">pause", "what")
-    table.title = None
+    table = make_table(None, "how", ">size", ">after", ">pause", "what", fold=("how", "what"))
     for step in steps:
         moved = step.how in ("migrated", "spilled")
         table.add_row(

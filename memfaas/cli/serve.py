@@ -18,7 +18,7 @@ from memfaas.addresses import DEFAULT_PORT, Address, parse_address
 from memfaas.auth import DEFAULT_SECRET_FILE
 from memfaas.cli.options import load, settings_options
 from memfaas.config import BrokerSettings, DonorSettings
-from memfaas.errors import MemfaasError
+from memfaas.errors import MemfaasError, UsageError
 from memfaas.units import format_size
 
 _DONORS_LEAVE_S = 20.0
@@ -189,5 +189,10 @@ def tenant(name: str, file: Path, **given: Any) -> None:
     """
     settings = load(BrokerSettings, given)
     secret = auth.read_secret(settings.secret_file)
-    auth.write_tenant_key(file, auth.Credentials.of_tenant(secret, auth.valid_tenant(name)))
+    try:
+        auth.write_tenant_key(file, auth.Credentials.of_tenant(secret, auth.valid_tenant(name)))
+    except FileExistsError as error:
+        raise UsageError(f"{file}: there is one already, and it is not overwritten; remove it first") from error
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from error
     click.echo(f"memfaas: wrote the key of tenant {name} to {file}", err=True)

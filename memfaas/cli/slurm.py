@@ -12,8 +12,8 @@ import trio
 
 from memfaas import _accept as accept
 from memfaas import auth
+from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import load, settings_options
-from memfaas.cli.status import make_console, make_table
 from memfaas.config import ClientSettings, DonorSettings
 from memfaas.errors import MemfaasError, UsageError
 from memfaas.units import format_size

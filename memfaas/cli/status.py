@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import click
 import msgspec
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
 from memfaas.errors import TransportError
-from memfaas.messages import Message, StatusReport
+from memfaas.messages import LeaseInfo, Message, StatusReport, StoreInfo
 from memfaas.units import format_duration, format_size
 
 WATCH_EVERY_S = 1.0
-_WIDTH_OF_A_FILE = 200
+_WATCH_TIMEOUT_S = 2.0
+"""A broker that is away is soon said to be."""
 _STATES = {"held": "green", "granting": "yellow", "moving": "yellow", "dropped": "yellow"}
 
 
@@ -32,8 +39,8 @@ _STATES = {"held": "green", "granting": "yellow", "moving": "yellow", "dropped":
 def status(as_json: bool, watch: bool, **given: Any) -> None:
     """Show donors, stores, leases, sessions, and the fabrics in use.
 
-    A tenant sees all donors, and its own stores, leases and sessions. The tenant `operator` sees
-    those of all.
+    A tenant sees all donors, its own stores, leases and sessions, and its quota. The tenant `operator`
+    sees those of all. In a narrow terminal some columns are left out.
 
     \b
     Examples:
@@ -42,6 +49,8 @@ def status(as_json: bool, watch: bool, **given: Any) -> None:
         memfaas status --json | jq '.donors[] | {donor, free: (.memory.offered - .memory.leased)}'
     """
     settings = load(ClientSettings, given)
+    if watch and not as_json:
+        settings = replace(settings, timeout=min(settings.timeout, _WATCH_TIMEOUT_S))
     with Session.open(settings) as session:
         if not watch:
             report = session.status()
@@ -57,23 +66,40 @@ def status(as_json: bool, watch: bool, **given: Any) -> None:
             _watch(session, str(settings.broker))
 
 
-def make_console() -> Console:
-    """A file or pipe is as wide as the tables."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = _WIDTH_OF_A_FILE
-    return console
-
-
 def _watch(session: Session, address: str) -> None:
-    with Live(auto_refresh=False, screen=True) as live:
+    report: StatusReport | None = None
+    seen = time.monotonic()
+    with _quiet(), Live(auto_refresh=False, screen=True, console=make_console()) as live:
         while True:
             try:
-                shown: RenderableType = tables(session.status(), address)
+                report, trouble = session.status(), ""
+                seen = time.monotonic()
             except TransportError as error:  # it may come back
-                shown = Text(str(error), style="red")
-            live.update(shown, refresh=True)
+                trouble = str(error)
+            live.update(_screen(report, address, trouble, time.monotonic() - seen), refresh=True)
             time.sleep(WATCH_EVERY_S)
+
+
+def _screen(report: StatusReport | None, address: str, trouble: str, age: float) -> RenderableType:
+    """The last report that there is. With `trouble` it is as old as `age` says, in seconds."""
+    parts: list[RenderableType] = []
+    if trouble:
+        old = f", figures of {format_duration(round(age))} ago" if report is not None else ""
+        parts.append(Text(f"broker away{old}: {trouble}", "bold red"))
+    if report is not None:
+        parts.append(tables(report, address))
+    return Group(*parts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Log lines do not scroll into the screen; those that go to a file are written."""
+    if sys.stderr.isatty():
+        logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def as_builtins(message: Message) -> Any:
@@ -89,20 +115,31 @@ def as_builtins(message: Message) -> Any:
     return plain(msgspec.to_builtins(message, builtin_types=(bytes,)))
 
 
+# --- the tables -----------------------------------------------------------------------------------------
+
+
 def tables(report: StatusReport, address: str) -> RenderableType:
     """All of it, for people."""
-    return Group(
+    parts: list[RenderableType] = [
         Text.assemble("broker ", (address, "bold"), f", up {format_duration(report.uptime)}"),
         donor_table(report),
         _store_table(report),
         lease_table(report),
         _session_table(report),
-    )
+    ]
+    if report.tenants:
+        parts.append(_tenant_table(report))
+    return Group(*parts)
 
 
 def donor_table(report: StatusReport) -> Table:
-    sizes = (">offered", ">leased", ">populated", ">available", ">headroom")
-    table = make_table("donors", "donor", "host", "lends", *sizes, ">leases", "taken back")
+    table = make_table(
+        "donors",
+        *("donor", "host", "lends", ">offered", ">leased", ">populated", ">available", ">headroom", ">leases"),
+        "taken back",
+        spare=("host", "headroom", "populated", "lends", "leases"),
+        fold=("taken back",),
+    )
     for one in report.donors:
         memory = one.memory
         amounts = (memory.offered, memory.leased, memory.populated, memory.available, memory.headroom)
@@ -114,16 +151,19 @@ def donor_table(report: StatusReport) -> Table:
 
 
 def _store_table(report: StatusReport) -> Table:
-    table = make_table("stores", "store", "tenant", ">size", ">shards", ">sessions", "kind", "state")
+    table = make_table(
+        "stores",
+        *("store", "tenant", ">size", ">shards", ">sessions", "kind", "state"),
+        spare=("sessions", "tenant"),
+        fold=("kind", "state"),
+    )
+    away = _away(report)
     for one in report.stores:
         spec = one.spec
         kind = "persistent" if spec.persistent else "for its sessions"
         kind += "" if spec.compression == "none" else f", {spec.compression}"
         kind += ", a cache" if spec.on_reclaim == "drop" else ""
-        lost = f"shards lost: {', '.join(map(str, one.lost_shards))}"
-        state = Text(lost, "red") if one.lost_shards else Text("complete", "green")
-        if one.dropped:
-            state.append(f", {one.dropped} keys dropped", "yellow")
+        leases = [lease for lease in report.leases if lease.tenant == spec.tenant and lease.store == spec.name]
         table.add_row(
             spec.name,
             spec.tenant,
@@ -131,22 +171,50 @@ def _store_table(report: StatusReport) -> Table:
             str(spec.shards),
             str(one.sessions),
             kind,
-            state,
+            _store_state(one, leases, away),
         )
     return table
 
 
+def _store_state(store: StoreInfo, leases: list[LeaseInfo], away: set[str]) -> Text:
+    """Which of its shards are not there, and why."""
+    lacking: dict[str, Sequence[int | None]] = {
+        "lost": store.lost_shards,
+        "missing": [one.shard for one in leases if one.state == "missing"],
+        "dropped": [one.shard for one in leases if one.state == "dropped"],
+        "with a donor that is away": [one.shard for one in leases if _is_away(one, away)],
+    }
+    parts = [
+        Text(f"shards {what}: {', '.join(map(str, shards))}", "yellow" if what == "dropped" else "red")
+        for what, shards in lacking.items()
+        if shards
+    ]
+    if any(one.state == "granting" for one in leases):
+        parts.append(Text("being made", "yellow"))
+    parts = parts or [Text("complete", "green")]
+    if store.dropped:
+        parts.append(Text(f"{store.dropped} keys dropped", "yellow"))
+    return Text(", ").join(parts)
+
+
 def lease_table(report: StatusReport) -> Table:
-    table = make_table("leases", "lease", "of", ">size", "donor", "state", ">epoch", ">sessions", "expires in", "links")
+    table = make_table(
+        "leases",
+        *("lease", "of", ">shard", ">size", "donor", "state", ">epoch", ">sessions", "expires in", "links"),
+        spare=("epoch", "sessions", "links", "expires in"),
+        fold=("of", "state"),
+    )
+    away = _away(report)
     for one in report.leases:
         expires = "never" if one.expires_in is None else format_duration(one.expires_in)
         owner = one.tenant if one.store is None else f"store {one.store}"
         table.add_row(
             one.lease.hex()[:8],
             owner,
+            "-" if one.shard is None else str(one.shard),
             format_size(one.size),
             one.donor or Text("none", "red"),
-            Text(one.state, _STATES.get(one.state, "red")),
+            _lease_state(one, away),
             str(one.epoch),
             str(one.sessions),
             expires,
@@ -155,24 +223,43 @@ def lease_table(report: StatusReport) -> Table:
     return table
 
 
+def _lease_state(lease: LeaseInfo, away: set[str]) -> Text:
+    state = Text(lease.state, _STATES.get(lease.state, "red"))
+    if _is_away(lease, away):
+        state = Text("donor away", "red")
+    if lease.borrowed:
+        state.append(", borrowed", "yellow")
+    return state
+
+
+def _away(report: StatusReport) -> set[str]:
+    return {one.donor for one in report.donors if not one.connected}
+
+
+def _is_away(lease: LeaseInfo, away: set[str]) -> bool:
+    return lease.state == "held" and lease.donor in away
+
+
 def _session_table(report: StatusReport) -> Table:
-    table = make_table("sessions", "session", "tenant", ">leases", "links", "state")
+    table = make_table("sessions", "session", "tenant", ">leases", "links", "state", fold=("links",))
     for one in report.sessions:
         state = Text("connected", "green") if one.connected else Text("away", "red")
         table.add_row(one.session.hex()[:8], one.tenant, str(one.leases), _counts(one.fabrics), state)
     return table
 
 
-def _counts(links: dict[str, int]) -> str:
-    return ", ".join(f"{count} {fabric}" for fabric, count in sorted(links.items()) if count) or "-"
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """A column whose name begins with > is aligned to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        right = column.startswith(">")
-        table.add_column(
-            column.removeprefix(">"), justify="right" if right else "left", no_wrap=True, header_style="dim"
+def _tenant_table(report: StatusReport) -> Table:
+    table = make_table("tenants", "tenant", ">leased", ">quota", ">borrowed", ">priority")
+    for one in report.tenants:
+        table.add_row(
+            one.tenant,
+            format_size(one.leased),
+            "none" if one.quota is None else format_size(one.quota),
+            Text(format_size(one.borrowed), "yellow" if one.borrowed else ""),
+            str(one.priority),
         )
     return table
+
+
+def _counts(links: dict[str, int]) -> str:
+    return ", ".join(f"{count} {fabric}" for fabric, count in sorted(links.items()) if count) or "-"

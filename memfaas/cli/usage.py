@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import SESSION, load, settings_options
-from memfaas.cli.status import make_console, make_table
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
 from memfaas.errors import UsageError

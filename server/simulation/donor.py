@@ -20,6 +20,7 @@ from memfaas.messages import (
     Granted,
     Kind,
     Lend,
+    Lent,
     Memory,
     Message,
     MoveAway,
@@ -156,8 +157,7 @@ class SimulatedDonor:
         if isinstance(message, Reclaim):
             return await self.reclaim(message.size, message.deadline, message.holder, in_all=message.in_all)
         if isinstance(message, Lend):
-            self.lend(message.holder)
-            return Done()
+            return Lent(size=self.lend(message.holder))
         if isinstance(message, MoveAway):
             await self.leases[message.lease].move(math.inf)
             return Done()
@@ -187,9 +187,10 @@ class SimulatedDonor:
         self.report()
         return results[0]
 
-    def lend(self, holder: str, size: int | None = None) -> None:
-        self.reclaimer.lend(holder, size)
+    def lend(self, holder: str, size: int | None = None) -> int:
+        lent = self.reclaimer.lend(holder, size)
         self.report()
+        return lent
 
     # --- what it sees on its node ---------------------------------------------------------------------
 

@@ -211,7 +211,10 @@ class FakeDonor:
                 return messages.Reclaimed(
                     donor=self.name, asked=message.size, freed=message.size, seconds=0.01, in_time=True, steps=[]
                 )
-            case messages.Lend() | messages.MoveAway():
+            case messages.Lend():
+                self.asked.append(message)
+                return messages.Lent(size=MIB)
+            case messages.MoveAway():
                 self.asked.append(message)
                 return messages.Done()
         assert isinstance(message, messages.Free)

@@ -356,7 +356,7 @@ async def test_an_operator_asks_a_donor_for_its_memory(served: Served, nursery: 
     async with client(served.port, auth.OPERATOR) as operator:
         answer = await operator.ask(reclaim("d"), messages.Reclaimed)
         assert (answer.donor, answer.freed, answer.in_time) == ("d", MIB, True)
-        await operator.ask(messages.Lend(donor="d", holder="job 17"), messages.Done)
+        assert (await operator.ask(messages.Lend(donor="d", holder="job 17"), messages.Lent)).size == MIB
         assert donor.asked == [reclaim("d"), messages.Lend(donor="d", holder="job 17")]
         assert other.asked == []
         error = await refusal(operator.ask(reclaim("nobody"), messages.Reclaimed))

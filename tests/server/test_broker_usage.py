@@ -70,6 +70,36 @@ async def test_a_lease_is_counted_for_its_tenant_and_its_donor(given: dict[str, 
     assert (of_bob.tenants, of_bob.donors) == ([], [])
 
 
+async def test_the_status_has_quotas_and_what_is_borrowed(
+    given: dict[str, Any], tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text('[tenants.ann]\nquota = "12MiB"\npriority = 3\n[tenants.bob]\nquota = 0\n')
+    running: Running = await nursery.start(Running({**given, "tenants_file": tenants}).run)
+    nursery.start_soon(FakeDonor("d").run, running.port)
+    async with client(running.port, "ann") as ann, client(running.port, auth.OPERATOR) as operator:
+        first = await ann.open_region(8 * MIB)
+        second = await ann.open_region(8 * MIB)
+        status = await ann.status()
+        (share,) = status.tenants
+        assert share.leased > share.borrowed >= 8 * MIB
+        assert (share.tenant, share.quota, share.priority) == ("ann", 12 * MIB, 3)
+        borrowed = {one.lease: one.borrowed for one in status.leases}
+        assert borrowed == {first.lease: False, second.lease: True}
+        assert [(one.priority, one.shard) for one in status.leases] == [(3, None)] * 2
+        bob = messages.TenantInfo(tenant="bob", leased=0, borrowed=0, quota=0, priority=0)
+        assert (await operator.status()).tenants == [share, bob]
+        async with client(running.port, "eve") as eve:
+            nobody = messages.TenantInfo(tenant="eve", leased=0, borrowed=0, quota=None, priority=0)
+            assert (await eve.status()).tenants == [nobody]
+
+
+async def test_usage_says_whose_it_is(given: dict[str, Any], nursery: trio.Nursery) -> None:
+    running: Running = await nursery.start(Running(given).run)
+    assert (await usage(running.port, "bob")).tenant == "bob"
+    assert (await usage(running.port, auth.OPERATOR)).tenant is None
+
+
 async def test_usage_outlives_the_broker(given: dict[str, Any], nursery: trio.Nursery) -> None:
     running: Running = await nursery.start(Running(given).run)
     donor = FakeDonor("d")

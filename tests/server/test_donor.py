@@ -364,6 +364,33 @@ async def test_nobody_takes_memory_back_in_the_name_of_the_donors_own_watch(serv
         assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
 
 
+@pytest.mark.parametrize("holder", ["", "  ", "two\nlines", "\x1b[2J", "x" * 256])
+async def test_a_holder_has_a_name_that_can_be_shown(served: Served, folder: Path, holder: str) -> None:
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        request = messages.Reclaim(donor="d", size=MIB, deadline=1.0, holder=holder)
+        for ask in (
+            operator.ask(request, messages.Reclaimed),
+            local_agent.ask(donor.home, request, messages.Reclaimed, LIMIT_S),
+            operator.ask(messages.Lend(donor="d", holder=holder), messages.Lent),
+        ):
+            error = await refusal(ask)
+            assert isinstance(error, UsageError)
+            assert "holder's name" in str(error)
+        (info,) = (await operator.status()).donors
+        assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
+
+
+async def test_the_answers_say_what_was_wanted_and_what_is_lent_again(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port, tenant=auth.OPERATOR) as operator:
+        request = messages.Reclaim(donor="d", size=1 << 40, deadline=1.5, holder="job 1")
+        taken = await operator.ask(request, messages.Reclaimed)
+        assert (taken.wanted, taken.asked, taken.deadline) == (1 << 40, 256 * MIB, 1.5)
+        again = await operator.ask(request, messages.Reclaimed)
+        assert (again.wanted, again.asked, again.in_time) == (1 << 40, 0, True)
+        for size in (256 * MIB, 0):
+            assert (await operator.ask(messages.Lend(donor="d", holder="job 1"), messages.Lent)).size == size
+
+
 async def test_the_broker_counts_what_programs_of_the_node_took_back(served: Served, folder: Path) -> None:
     async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
         for size in (0, 3 * MIB):  # 0 only asks

@@ -465,6 +465,18 @@ def test_a_caches_shard_that_its_donor_has_lost_is_granted_anew(world: World, ho
     assert other.held[identity].spec.epoch > lost.spec.epoch
 
 
+def test_whoever_asks_for_a_lost_shard_learns_which_donor_had_it_and_why_it_is_lost(world: World) -> None:
+    world.donor("d7")
+    world.donor("e")
+    session = world.session()
+    spec = world.store(session, ["d7", "e"])
+    lease = shard_lease(spec.store, 0)
+    del world.donors["d7"].held[lease]
+    world.say_gone("d7", lease, "the node needs its memory")
+    with pytest.raises(LeaseLost, match="donor d7 had it: the node needs its memory"):
+        world.tables.locate("t", lease)
+
+
 def test_a_caches_shard_whose_donor_stays_away_is_lost_until_that_is_back(world: World) -> None:
     """It may still serve clients who would not see what others put into a new shard."""
     world.donor("d")
