@@ -391,9 +391,7 @@ class Broker:
                 nursery.start_soon(grant, lease, lease.donor)
         return failures[0] if failures else None
 
-    async def ask(
-        self, donor: str, message: Message, reply: type[R], timeout_s: float, *, withdraw: bool = False
-    ) -> R:
+    async def ask(self, donor: str, message: Message, reply: type[R], timeout_s: float, *, withdraw: bool = False) -> R:
         """Asks a donor. Raises what it answers, TransportError, DeadlineExceeded.
 
         `withdraw`: it need not do it any more when nobody waits for it.
@@ -472,7 +470,7 @@ def _store_of(shards: list[Lease]) -> bytes:
 
 def _reason(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"{error.strerror}; does a broker run there already? Another --listen-port is another cluster"
+        return f"{error.strerror}; does a broker run there already? --listen-port chooses another port"
     return error.strerror or str(error)
 
 

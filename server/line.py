@@ -44,6 +44,7 @@ class Line:
         self._credentials = credentials
         self._handler = handler
         self._register = register
+        self._stream: trio.SocketStream | None = None
         self._channel: rpc.Channel | None = None
         self._known = False
         self._unsaid: list[LeaseGone] = []
@@ -57,6 +58,11 @@ class Line:
         if self._channel is None:
             raise TransportError("the broker is away")
         return await self._channel.request(message, reply, timeout_s)
+
+    async def caught_up(self) -> None:
+        """For a request of the broker's: cancelled if it is withdrawn by now."""
+        if self._stream is not None:
+            await rpc.caught_up(self._stream)
 
     async def say(self, message: Message) -> None:
         """Tells the broker. When it is away, the next registration does; and what is gone is said after that."""
@@ -94,6 +100,7 @@ class Line:
             stream = await rpc.dial(self._broker.host, self._broker.port, "donor", self._credentials)
         except MemfaasError as error:
             return error
+        self._stream = stream
         process.notice_dead_peers(stream.socket)
         channel = rpc.Channel(stream, self._handler, "the broker")
         failure: MemfaasError | None = TransportError("the connection to the broker broke")

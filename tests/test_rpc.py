@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from memfaas import messages, rpc
-from memfaas.errors import MemfaasError, ProtocolError
+from memfaas.errors import DeadlineExceeded, MemfaasError, ProtocolError
 
 LIMIT_S = 5.0
 
@@ -59,3 +59,54 @@ async def test_a_nonsensical_answer_ends_the_connection_and_the_wait_at_once(nur
     with trio.fail_after(LIMIT_S), pytest.raises(MemfaasError, match="broke before the answer"):
         await asking.request(messages.AskUsage(), messages.Done)
     await ended.wait()
+
+
+class Slow(Handler):
+    """Answers nothing, and says when it is told not to."""
+
+    def __init__(self) -> None:
+        self.began = trio.Event()
+        self.withdrawn = trio.Event()
+
+    async def on_request(self, message: messages.Message) -> messages.Message:
+        self.began.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.withdrawn.set()
+
+
+async def channel_to(slow: Slow, nursery: trio.Nursery) -> rpc.Channel:
+    here, there = trio.testing.memory_stream_pair()
+    asking, answering = rpc.Channel(here, Handler(), "answerer"), rpc.Channel(there, slow, "asker")
+    nursery.start_soon(asking.run)
+    nursery.start_soon(answering.run)
+    return asking
+
+
+async def test_a_request_that_its_asker_gave_up_is_withdrawn(nursery: trio.Nursery, autojump_clock: object) -> None:
+    slow = Slow()
+    asking = await channel_to(slow, nursery)
+    with pytest.raises(DeadlineExceeded):
+        await asking.request(messages.AskUsage(), messages.Done, 1.0, withdraw=True)
+    await slow.withdrawn.wait()
+    assert not asking.closed
+
+
+async def test_a_request_whose_asker_was_cancelled_is_withdrawn(nursery: trio.Nursery, autojump_clock: object) -> None:
+    slow = Slow()
+    asking = await channel_to(slow, nursery)
+    with trio.move_on_after(1.0):
+        await asking.request(messages.AskUsage(), messages.Done, withdraw=True)
+    await slow.withdrawn.wait()
+    assert not asking.closed
+
+
+async def test_what_only_its_asker_does_not_wait_for_goes_on(nursery: trio.Nursery, autojump_clock: object) -> None:
+    slow = Slow()
+    asking = await channel_to(slow, nursery)
+    with pytest.raises(DeadlineExceeded):
+        await asking.request(messages.AskUsage(), messages.Done, 1.0)
+    await trio.sleep(1.0)
+    assert slow.began.is_set()
+    assert not slow.withdrawn.is_set()

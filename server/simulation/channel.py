@@ -22,7 +22,9 @@ class DirectChannel(rpc.Channel):
         self._other_side = other_side
         self._closed = False
 
-    async def request(self, message: Message, reply: type[R], timeout_s: float = math.inf) -> R:
+    async def request(
+        self, message: Message, reply: type[R], timeout_s: float = math.inf, *, withdraw: bool = False
+    ) -> R:
         if self._closed:
             raise TransportError(f"the connection to {self.peer} is closed")
         with trio.move_on_after(timeout_s):

@@ -391,6 +391,23 @@ async def test_the_answers_say_what_was_wanted_and_what_is_lent_again(served: Se
             assert (await operator.ask(messages.Lend(donor="d", holder="job 1"), messages.Lent)).size == size
 
 
+async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served, folder: Path) -> None:
+    def reclaim(size: int) -> messages.Reclaim:
+        return messages.Reclaim(donor="d", size=size, deadline=1.0, holder="job 1")
+
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        assert donor.process is not None
+        donor.process.send_signal(signal.SIGSTOP)
+        try:
+            async with client(served.port, tenant=auth.OPERATOR) as another:
+                with trio.move_on_after(0.5):
+                    await another.ask(reclaim(100 * MIB), messages.Reclaimed)
+            await eventually(lambda: another.session not in served.broker._sessions)
+        finally:
+            donor.process.send_signal(signal.SIGCONT)
+        assert (await operator.ask(reclaim(MIB), messages.Reclaimed)).held == MIB
+
+
 async def test_the_broker_counts_what_programs_of_the_node_took_back(served: Served, folder: Path) -> None:
     async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
         for size in (0, 3 * MIB):  # 0 only asks
