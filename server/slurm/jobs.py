@@ -1,4 +1,4 @@
-"""What Slurm says of a job: how much memory it may use on each of its nodes.
+"""What Slurm says of a job: how much memory it may use on each of its nodes, and whether it has ended.
 
 Whoever submits a job writes some of what Slurm shows of it, such as its name and its comment, with line
 breaks too. So all that can be is read from fields in which no such text stands.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 
-from memfaas.errors import ProtocolError
+from memfaas.errors import ProtocolError, TransportError
 from memfaas.server.slurm import hosts, programs
 from memfaas.units import KIB, MIB
 
 WHOLE_NODE = 1 << 50
 """Bytes: more than any node has. What a job may use where Slurm does not divide the memory."""
 
+_ENDED = frozenset(
+    ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT")
+)
+_UNKNOWN = "Invalid job id specified"
 _TOTAL = re.compile(r"(?:^|,)mem=([0-9.]{1,20})([KMGTP]?)(?:,|$)")
 _GROUP = re.compile(r" {5}Nodes=(\S+) CPU_IDs=\S* Mem=([0-9]{1,15})([KMGTP]?) ")
 _UNITS = {"K": KIB, "": MIB, "M": MIB, "G": MIB << 10, "T": MIB << 20, "P": MIB << 30}
@@ -97,7 +102,31 @@ def _blocks(job: str, nodes: list[str], text: str) -> Iterator[dict[str, int]]:
         block.update(dict.fromkeys(names, int(group[2]) * _UNITS[group[3]]))
 
 
+async def has_ended(job: str) -> bool:
+    """Whether Slurm says so, or that it knows no such job. Raises TransportError."""
+    try:
+        shown = await _show(job, "State:20")
+    except TransportError as error:
+        if not str(error).endswith(_UNKNOWN):
+            raise
+        if await _sees_all_jobs():
+            return True
+        logger.warning("job %s: Slurm knows none, but it does not show other people's jobs to us", job)
+        return False
+    states = [line.split()[1] for line in shown.split("\n") if line.split()[:1] == [job]]
+    return bool(states) and _ENDED.issuperset(states)
+
+
 async def _show(job: str, field: str) -> str:
     return await programs.run(
         "squeue", "--all", "--states=all", "--noheader", f"--jobs={job}", f"--Format=JobID:20,{field}"
     )
+
+
+async def _sees_all_jobs() -> bool:
+    """Whether other people's jobs, too, are known to Slurm when we ask."""
+    settings = await programs.run("scontrol", "show", "config")
+    private = re.search(r"^PrivateData +=(.*)$", settings, re.MULTILINE)
+    user = re.search(r"^SlurmUser +=.*\(([0-9]+)\)$", settings, re.MULTILINE)
+    hidden = private is None or "jobs" in re.split(r"[ ,]+", private[1])
+    return not hidden or os.geteuid() == 0 or (user is not None and os.geteuid() == int(user[1]))

@@ -81,16 +81,18 @@ async def scan(address: Address, credentials: auth.Credentials) -> Scan:
         report = await channel.request(Status(), StatusReport, _ANSWER_S)
     nodes = parse_nodes(await programs.run("scontrol", "--oneliner", "show", "node"))
     # After the donors were asked: a job that has begun since is not taken for one that has ended.
-    running = set((await programs.run("squeue", "--noheader", "--format=%A")).split())
-    names = {node.name for node in nodes}
-    ended = [
-        (donor.donor, holder)
-        for donor in report.donors
-        if donor.connected and donor.donor in names
-        for holder in donor.reclaimed
+    running = set((await programs.run("squeue", "--all", "--noheader", "--format=%A")).split())
+    donors = {one.donor: one for one in report.donors if one.connected}
+    held = [
+        (node.name, holder, job)
+        for node in nodes
+        if node.name in donors
+        for holder in donors[node.name].reclaimed
         if (job := jobs.job_of(holder)) is not None and job not in running
     ]
-    return Scan(nodes, {one.donor: one for one in report.donors if one.connected}, ended)
+    # What a running job holds must not be lent: that it was not in a list is not enough.
+    over = {job: await jobs.has_ended(job) for job in {job for _, _, job in held}}
+    return Scan(nodes, donors, [(donor, holder) for donor, holder, job in held if over[job]])
 
 
 async def lend_again(address: Address, credentials: auth.Credentials, ended: Iterable[tuple[str, str]]) -> None:

@@ -229,8 +229,8 @@ def test_a_request_that_names_no_pool_of_ours_is_refused_at_once(site: Site, ask
 # --- memfaas slurm scan ---------------------------------------------------------------------------
 
 
-def _scan(site: Site, *options: str) -> str:
-    environment = {**site.center.environment(), "MEMFAAS_BROKER": site.cluster.address}
+def _scan(site: Site, *options: str, **variables: str) -> str:
+    environment = {**site.center.environment(), "MEMFAAS_BROKER": site.cluster.address, **variables}
     command = [sys.executable, "-P", "-m", "memfaas.cli", "slurm", "scan", *options]
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -260,3 +260,15 @@ def test_memory_of_jobs_that_slurm_no_longer_knows_is_lent_again(site: Site) -> 
         assert site.donors()["donor0"].reclaimed == {"slurm job 999999": 10 * MIB}
     _scan(site)
     assert site.donors()["donor0"].reclaimed == {}
+
+
+def test_a_scan_leaves_its_memory_to_a_job_that_runs(site: Site) -> None:
+    """Also when whoever scans has chosen to see no such job."""
+    go_on = site.center.folder / "go-on after the scan"
+    wait = f"while [ ! -e '{go_on}' ]; do sleep 0.1; done"
+    job = _submit(site, "--nodelist=donor1", "--mem=50", "--wrap", wait, user=USER)
+    wait_for(lambda: _states(site, [job]) == ["RUNNING"], "it runs", _LONG_S, site.explain)
+    _scan(site, SQUEUE_USERS="root", SQUEUE_STATES="PENDING", SQUEUE_FORMAT="%j", SQUEUE_FORMAT2="name")
+    assert site.donors()["donor1"].reclaimed == {f"slurm job {job}": 50 * MIB}
+    go_on.touch()
+    assert site.center.wait_ended(job) == "COMPLETED"
