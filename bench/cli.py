@@ -25,10 +25,12 @@ from memfaas.bench.reclaim.run import measure_reclaim
 from memfaas.bench.run import LEAST_ROUNDS
 from memfaas.bench.trace import jobs, machine, policies
 from memfaas.bench.trace import report as trace_report
+from memfaas.bench.trace.outcome import Outcome
 from memfaas.errors import UsageError
 from memfaas.units import format_size, parse_duration, parse_size
 
 QUICK_SECONDS = 15.0
+_WIDTH_OF_A_FILE = 200
 
 Report = Callable[[float, str], None]
 
@@ -141,7 +143,7 @@ def lease_command(grants: int) -> None:
     """From the request for a lease to the first byte served, for a region and for a store."""
     with _progress() as progress:
         figures = lease.measure_leases(grants, progress)
-    Console().print(report.show_leases(figures))
+    _console().print(report.show_leases(figures))
 
 
 @bench.command("idle")
@@ -150,7 +152,7 @@ def idle_command(seconds: float) -> None:
     """What a donor and its memory functions cost while nobody asks anything of them."""
     with _progress() as progress:
         figures = idle.measure_idle(seconds, progress)
-    Console().print(report.show_idle(figures))
+    _console().print(report.show_idle(figures))
 
 
 @bench.command("pressure")
@@ -167,7 +169,7 @@ def pressure_command(seconds: float, rounds: int) -> None:
     except pressure.Disturbed as error:
         raise click.ClickException(str(error)) from error
     for line in figures.lines():
-        Console().print(line)
+        click.echo(line)
 
 
 @bench.command("reclaim")
@@ -192,11 +194,11 @@ def reclaim_command(sizes: tuple[int, ...], rounds: int, output: Path, strict: b
     output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         found = measure_reclaim(sizes or RECLAIM_SIZES, rounds, report=progress)
-    console = Console()
+    console = _console()
     console.print(reclaim_report.show(found))
     table = output / f"bench-reclaim-{datetime.now():%Y%m%d-%H%M%S}.json"
     reclaim_result.write(found, table)
-    console.print(f"figures: {table}")
+    click.echo(f"figures: {table}")
     if strict and bars.missed(found.verdicts):
         sys.exit(1)
 
@@ -237,25 +239,37 @@ def trace_command(
     timeline = jobs.Generator(series, nodes, seed).timeline()
     output.mkdir(parents=True, exist_ok=True)
     outcomes = []
+    interrupted = False
     with _progress() as progress:
         for count, policy in enumerate(chosen):
             progress(count / len(chosen), f"policy: {policy.name}")
-            outcomes.append(replay(timeline, policy, series.idle_free, seed))
-    console = Console()
+            try:
+                outcomes.append(replay(timeline, policy, series.idle_free, seed))
+            except KeyboardInterrupt:  # what was measured so far is not thrown away
+                interrupted = True
+                break
+    if outcomes:
+        _show_trace(outcomes, trace, output)
+    if interrupted:
+        click.echo(f"memfaas: interrupted; {len(outcomes)} of {len(chosen)} policies were replayed", err=True)
+        raise KeyboardInterrupt
+
+
+def _show_trace(outcomes: list[Outcome], trace: Path | None, output: Path) -> None:
+    console = _console()
     console.width = max(console.width, trace_report.WIDTH)
     console.print(trace_report.show(outcomes))
     stem = output / f"bench-trace-{datetime.now():%Y%m%d-%H%M%S}"
     table = stem.with_suffix(".json")
     trace_report.write(outcomes, table, trace=str(trace or "like Piz Daint"))
-    console.print(f"figures: {table}")
-    try:
+    click.echo(f"figures: {table}")
+
+    def draw(file: Path) -> None:
         from memfaas.bench.trace.plot import plot
 
-        plot(outcomes, stem.with_suffix(".png"))
-    except ImportError as error:
-        console.print(f"no plot: {error}; matplotlib comes with the extra memfaas[bench]")
-    else:
-        console.print(f"plot: {stem.with_suffix('.png')}")
+        plot(outcomes, file)
+
+    _plot(draw, stem)
 
 
 def _measure(
@@ -283,26 +297,43 @@ def _measure(
             found.leases = lease.measure_leases(lease.GRANTS, progress)
             found.idle = idle.measure_idle(idle.SECONDS, progress)
     found.verdicts = bars.judge(found)
-    console = Console()
+    console = _console()
     console.print(report.show(found))
     stem = output / f"bench-{command}-{datetime.now():%Y%m%d-%H%M%S}"
-    _write(found, stem, console)
+    _write(found, stem)
     if strict and bars.missed(found.verdicts):
         sys.exit(1)
 
 
-def _write(found: result.Result, stem: Path, console: Console) -> None:
+def _write(found: result.Result, stem: Path) -> None:
     table = stem.with_suffix(".json")
     result.write(found, table)
-    console.print(f"figures: {table}")
-    try:
+    click.echo(f"figures: {table}")
+
+    def draw(file: Path) -> None:
         from memfaas.bench.plot import plot
 
-        plot(found, stem.with_suffix(".png"))
+        plot(found, file)
+
+    _plot(draw, stem)
+
+
+def _plot(draw: Callable[[Path], None], stem: Path) -> None:
+    file = stem.with_suffix(".png")
+    try:
+        draw(file)
     except ImportError as error:
-        console.print(f"no plot: {error}; matplotlib comes with the extra memfaas[bench]")
+        click.echo(f"no plot: {error}; matplotlib comes with the extra memfaas[bench]")
     else:
-        console.print(f"plot: {stem.with_suffix('.png')}")
+        click.echo(f"plot: {file}")
+
+
+def _console() -> Console:
+    """A file or pipe is as wide as the tables."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _WIDTH_OF_A_FILE
+    return console
 
 
 @contextmanager

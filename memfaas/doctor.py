@@ -275,21 +275,15 @@ def _backlog(node: Node) -> Iterator[Check]:
 
 def _fuse(node: Node) -> Iterator[Check]:
     lacking = []
-    remedies = []
     if not (node.root / "dev/fuse").exists():
         lacking.append("/dev/fuse")
-        remedies.append("sudo modprobe fuse")
     if node.which("fusermount3") is None:
         lacking.append("fusermount3")
-        remedies.append("sudo apt-get install fuse3")
     if not node.has_module("pyfuse3"):
         lacking.append("pyfuse3")
-        remedies.append("pip install 'memfaas[fuse]'")
-    if lacking:
+    if lacking:  # no remedy: there is nothing yet that it would mend
         found = f"without {', '.join(lacking)}"
-        yield Check(
-            "file system", "missing", found, "the mount, which a later version brings, needs it", "; ".join(remedies)
-        )
+        yield Check("file system", "missing", found, "the mount, which a later version brings, needs it")
     else:
         yield Check(
             "file system",

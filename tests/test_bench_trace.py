@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from memfaas.bench.trace import jobs, machine, policies, report
 from memfaas.bench.trace.jobs import Timeline
-from memfaas.cli.replay import replay
+from memfaas.bench.trace.outcome import Outcome
+from memfaas.cli import main
+from memfaas.cli import replay as replaying
+from memfaas.cli.replay import _Replay, replay
 from memfaas.errors import UsageError
 from memfaas.units import GIB
 
@@ -64,6 +69,37 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     file.write_text("time,idle\n1,2\n")
     with pytest.raises(UsageError):
         machine.read(file)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_replay_as_one_error(
+    series: machine.Series, timeline: Timeline, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Replay, "_sample", lambda *_: _raise_signal(number))
+    with pytest.raises(KeyboardInterrupt):
+        replay(timeline, policies.variants()[0], series.idle_free)
+
+
+async def _raise_signal(number: signal.Signals) -> None:
+    signal.raise_signal(number)
+
+
+def test_an_interrupted_benchmark_shows_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *_, second = policies.variants()
+
+    def interrupted(timeline: Timeline, policy: policies.Policy, idle_free: float, seed: int) -> Outcome:
+        if policy == first:
+            return replay(timeline, policy, idle_free, seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replaying, "replay", interrupted)
+    command = ["bench", "trace", "--nodes", str(NODES), "--hours", "0.2", "--output", str(tmp_path)]
+    result = CliRunner().invoke(main, [*command, "--policy", first.name, "--policy", second.name])
+    assert result.exit_code == 130
+    assert first.name in result.stdout
+    assert second.name not in result.stdout
+    assert "1 of 2 policies" in result.stderr
+    assert len(list(tmp_path.glob("*.json"))) == 1
 
 
 @pytest.mark.parametrize("name", ["default", "drop"])

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from memfaas import auth, messages
+from memfaas import _native, auth, messages
 from memfaas.cli import _COMMANDS, main, status
 from memfaas.client.local import LocalCluster
 from memfaas.units import GIB, MIB
@@ -53,6 +53,13 @@ def test_the_help_lists_every_command() -> None:
     assert result.exit_code == 0
     for name in COMMANDS:
         assert f"\n  {name} " in result.output
+
+
+def test_the_doctors_table_in_a_pipe_is_as_wide_as_the_others() -> None:
+    result = run("doctor")
+    (native,) = [line for line in result.stdout.splitlines() if line.startswith("native module")]
+    assert Path(_native.__file__).name in native
+    assert "the data path is compiled and loads" in native
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench", "slurm")])
@@ -145,6 +152,8 @@ def test_no_room(broker_alone: LocalCluster) -> None:
         (["broker", "--listen-port", "70000"], ["listen_port", "70000"]),
         (["donor", "--memory", "-5GiB"], ["-5GiB", "must not be negative"]),
         (["ls", "--timeout", "-1s"], ["-1s", "must not be negative"]),
+        (["slurm", "scan", "--start", " "], ["--start", "no command"]),
+        (["slurm", "scan", "--start", "sh -c 'x"], ["--start", "quotation"]),
     ],
 )
 def test_settings_that_make_no_sense(arguments: list[str], words: list[str]) -> None:

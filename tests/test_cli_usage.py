@@ -71,6 +71,22 @@ def test_an_earlier_report_is_subtracted() -> None:
     assert report.donors == [lent("d0", 0.5, 2), lent("d1", 4)]
 
 
+def test_little_is_shown_with_three_digits_that_count() -> None:
+    lines = printed(msgspec.structs.replace(LATER, tenants=[used("ann", "d0", 0.0246), used("bob", "d0", 2.5e-6)]))
+    assert ["ann", "d0", "0.0246", "0.0123"] in lines
+    assert ["bob", "d0", "0.00000250", "0.00000125"] in lines
+
+
+def test_a_report_of_another_tenant_is_refused() -> None:
+    of_ann = msgspec.structs.replace(EARLIER, tenant="ann")
+    with pytest.raises(UsageError, match=r"of tenant 'ann', this one of all tenants.*--tenant ann "):
+        command.difference(LATER, of_ann)
+    with pytest.raises(UsageError, match=r"of all tenants, this one of tenant 'bob'.*--tenant operator "):
+        command.difference(msgspec.structs.replace(LATER, tenant="bob"), EARLIER)
+    again = msgspec.structs.replace(LATER, tenant="ann")
+    assert command.difference(again, of_ann).tenant == "ann"
+
+
 def test_a_report_of_another_count_is_refused() -> None:
     anew = msgspec.structs.replace(LATER, since=EARLIER.now + 1)
     with pytest.raises(UsageError, match="counted anew"):

@@ -177,7 +177,7 @@ def test_the_backlog(tmp_path: Path, text: str, state: str) -> None:
 def test_the_file_system_names_all_that_is_lacking(tmp_path: Path) -> None:
     lacking = check("file system", node(tmp_path, {}))
     assert (lacking.state, lacking.required) == ("missing", False)
-    assert lacking.found == "without /dev/fuse, fusermount3, pyfuse3"
+    assert (lacking.found, lacking.remedy) == ("without /dev/fuse, fusermount3, pyfuse3", None)
     complete = node(tmp_path, {"dev/fuse": ""}, which=lambda name: f"/bin/{name}", has_module=lambda name: True)
     assert check("file system", complete).state == "ok"
 

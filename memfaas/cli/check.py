@@ -6,11 +6,10 @@ import dataclasses
 import json
 
 import click
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from memfaas import doctor as checks
+from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import load
 from memfaas.config import DonorSettings
 
@@ -36,14 +35,10 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 
 def _print(found: list[checks.Check]) -> None:
-    console = Console()
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("check", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    table.add_column("found")
-    table.add_column("so")
+    console = make_console()
+    table = make_table(None, "check", "state", "found", "so", fold=("found", "so"))
     for check in found:
-        table.add_row(check.name, Text(check.state, _STYLES[check.state]), Text(check.found), Text(check.meaning))
+        table.add_row(check.name, Text(check.state, _STYLES[check.state]), check.found, check.meaning)
     console.print(table)
     remedies = [check for check in found if check.remedy]
     if remedies:

@@ -10,6 +10,7 @@ import functools
 import itertools
 import logging
 import random
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -52,7 +53,10 @@ _JOB = "job"
 
 
 def replay(timeline: Timeline, policy: Policy, idle_free: float, seed: int = 1) -> Outcome:
-    """Runs all of it on a virtual clock. Takes seconds to minutes of CPU time."""
+    """Runs all of it on a virtual clock. Takes seconds to minutes of CPU time.
+
+    Raises KeyboardInterrupt upon SIGINT or SIGTERM.
+    """
     before = time.process_time()
     logger = logging.getLogger("memfaas")
     level = logger.level
@@ -66,7 +70,21 @@ def replay(timeline: Timeline, policy: Policy, idle_free: float, seed: int = 1) 
 
 
 async def _run(timeline: Timeline, policy: Policy, idle_free: float, seed: int) -> Outcome:
-    return await _Replay(timeline, policy, idle_free, seed).run()
+    """A signal ends all tasks at once: raised in the midst of them, each would tell of it."""
+    outcome: Outcome | None = None
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def stop() -> None:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(stop)
+            outcome = await _Replay(timeline, policy, idle_free, seed).run()
+            nursery.cancel_scope.cancel()
+    if outcome is None:
+        raise KeyboardInterrupt
+    return outcome
 
 
 @dataclass

@@ -116,6 +116,7 @@ def scan(as_json: bool, publish: bool, start: str | None, **given: Any) -> None:
     """
     from memfaas.server.slurm import nodes
 
+    words = None if start is None else _words(start)
     settings = load(ClientSettings, given)
     credentials = auth.read_credentials(settings.secret_path, auth.OPERATOR)
     found = trio.run(nodes.scan, settings.broker, credentials)
@@ -125,18 +126,31 @@ def scan(as_json: bool, publish: bool, start: str | None, **given: Any) -> None:
     else:
         _show(found)
     failures = trio.run(nodes.publish, found) if publish else {}
-    if start is not None:
-        failures |= {node.name: reason for node in found.willing if (reason := _start(start, node.name))}
+    if words is not None:
+        failures |= {node.name: reason for node in found.willing if (reason := _start(words, node.name))}
     if failures:
         raise MemfaasError("; ".join(f"{node}: {reason}" for node, reason in failures.items()))
 
 
-def _start(command: str, node: str) -> str:
-    """Runs the operator's command for a node. Returns what is wrong with it, or nothing."""
+def _words(command: str) -> list[str]:
+    """Raises UsageError for what is no command."""
     try:
-        done = subprocess.run([word.replace("{}", node) for word in shlex.split(command)], stdin=subprocess.DEVNULL)
-    except (OSError, ValueError) as error:
+        words = shlex.split(command)
+    except ValueError as error:
         raise UsageError(f"--start {command!r}: {error}") from error
+    if not words:
+        raise UsageError(f"--start {command!r}: there is no command in it")
+    return words
+
+
+def _start(command: list[str], node: str) -> str:
+    """Runs the operator's command for a node. Returns what is wrong with it, or nothing. Raises UsageError."""
+    words = [word.replace("{}", node) for word in command]
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--start: cannot run {words[0]!r}: {reason}") from error
     return f"exit status {done.returncode}" if done.returncode else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memfaas.auth import OPERATOR
 from memfaas.cli.listing import make_console, make_table
 from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.client.session import Session
@@ -22,6 +24,8 @@ from memfaas.messages import DonorUsage, Usage, UsageReport
 from memfaas.units import GIB, format_duration, format_size
 
 _GIB_HOURS = GIB * 3600.0
+_PLACES = 3
+_DIGITS = 3
 
 U = TypeVar("U", Usage, DonorUsage)
 
@@ -67,6 +71,11 @@ def read(file: Path) -> UsageReport:
 
 def difference(later: UsageReport, earlier: UsageReport) -> UsageReport:
     """What was counted between two reports. Raises UsageError when the later does not go on from the earlier."""
+    if later.tenant != earlier.tenant:
+        raise UsageError(
+            f"that report is of {_whose(earlier)}, this one of {_whose(later)}: nothing can be subtracted; "
+            f"with --tenant {earlier.tenant or OPERATOR} it can"
+        )
     if later.since > earlier.now or later.now < earlier.now:
         raise UsageError(
             "the broker has counted anew since that report was made, so there is nothing to subtract it from; "
@@ -77,9 +86,14 @@ def difference(later: UsageReport, earlier: UsageReport) -> UsageReport:
     return UsageReport(
         since=earlier.now,
         now=later.now,
+        tenant=later.tenant,
         tenants=[_less(one, used.get((one.tenant, one.donor))) for one in later.tenants],
         donors=[_less(one, lent.get(one.donor)) for one in later.donors],
     )
+
+
+def _whose(report: UsageReport) -> str:
+    return "all tenants" if report.tenant is None else f"tenant {report.tenant!r}"
 
 
 def _less(later: U, earlier: U | None) -> U:
@@ -130,4 +144,7 @@ def _lent(report: UsageReport) -> Table:
 
 
 def _gib_hours(byte_seconds: float) -> str:
-    return f"{byte_seconds / _GIB_HOURS:.3f}"
+    """To the thousandth, and what is less with three digits that count: in the first minutes it is little."""
+    amount = byte_seconds / _GIB_HOURS
+    places = _PLACES if amount <= 0 else max(_PLACES, _DIGITS - 1 - math.floor(math.log10(amount)))
+    return f"{amount:.{places}f}"
