@@ -4,9 +4,10 @@
     setup JOB UID BYTES    make the store of a job
     teardown JOB           delete it
 
-A job's store is `slurm-JOB`, and belongs to the tenant that its user is. Whose it is stays in a file
-of the state folder from before the store is made until it is deleted: Slurm names no user at the end,
-and the broker may be away then. Such a store is deleted the next time that the pools are read.
+A job's store is `slurm-JOB`, and belongs to the tenant that its user is. Whose it is, and how many bytes
+Slurm counts for it, stays in a file of the state folder from before the store is made until it is deleted:
+Slurm names no user at the end, and the broker may be away then. Such a store is deleted the next time that
+the pools are read.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Stores:
         async with ask.broker(self._address, auth.Credentials.of_tenant(self._secret, auth.OPERATOR)) as channel:
             report = await channel.request(Status(), StatusReport, _ANSWER_S)
         # The quantity is a number of granules.
-        pool = {"id": POOL, "quantity": quantity(report) // GRANULE, "granularity": GRANULE}
+        pool = {"id": POOL, "quantity": quantity(report, self._given()) // GRANULE, "granularity": GRANULE}
         draft = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
         draft.write_text(json.dumps({"pools": [pool]}))
         draft.replace(file)
@@ -73,7 +74,9 @@ class Stores:
         """Makes the store of a job. Raises MemfaasError, OSError."""
         tenant = keys.tenant_of(uid)
         self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (self._state / job).write_text(tenant)
+        draft = self._state / f".{job}.{secrets.token_hex(4)}"
+        draft.write_text(f"{tenant}\n{size}")
+        draft.replace(self._state / job)
         request = OpenStore(name=store_of(job), size=size, persistent=True)
         async with ask.broker(self._address, auth.Credentials.of_tenant(self._secret, tenant)) as channel:
             await channel.request(OpenSession(session=secrets.token_bytes(16)), SessionOpened, _ANSWER_S)
@@ -94,13 +97,25 @@ class Stores:
             return
         await self._delete(job)
 
+    def _given(self) -> dict[tuple[str, str], int]:
+        """By tenant and name of each job's store: bytes that Slurm subtracts for it."""
+        given = {}
+        for path in self._state.iterdir():
+            if path.name.isdigit():
+                try:
+                    tenant, size = path.read_text().split()
+                except FileNotFoundError:  # its job has ended meanwhile
+                    continue
+                given[tenant, store_of(path.name)] = int(size)
+        return given
+
     async def _delete_leftovers(self) -> None:
         for path in self._state.glob(f"*{_OVER}"):
             await self._delete(path.name.removesuffix(_OVER))
 
     async def _delete(self, job: str) -> None:
         record = self._state / f"{job}{_OVER}"
-        credentials = auth.Credentials.of_tenant(self._secret, record.read_text())
+        credentials = auth.Credentials.of_tenant(self._secret, record.read_text().split()[0])
         async with ask.broker(self._address, credentials) as channel:
             await channel.request(OpenSession(session=secrets.token_bytes(16)), SessionOpened, _ANSWER_S)
             try:
@@ -111,10 +126,13 @@ class Stores:
         record.unlink(missing_ok=True)
 
 
-def quantity(report: StatusReport) -> int:
-    """Bytes for jobs' stores in all, those that are in use included: Slurm subtracts what it has given away."""
+def quantity(report: StatusReport, given: dict[tuple[str, str], int]) -> int:
+    """Bytes for jobs' stores in all, those that are in use included: Slurm subtracts what it has given away.
+
+    given: what it subtracts for each job's store, by tenant and name. Other stores may have such a name, too.
+    """
     free = sum(max(0, one.memory.offered - one.memory.leased) for one in report.donors if one.connected)
-    used = sum(one.spec.size for one in report.stores if one.spec.name.startswith(store_of("")))
+    used = sum(given.get((one.spec.tenant, one.spec.name), 0) for one in report.stores)
     # A store takes more than it holds: its index is in the lent memory, too.
     return free * GRANULE // lease_bytes("shard", GRANULE) + used
 

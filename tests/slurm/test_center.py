@@ -214,6 +214,24 @@ def test_a_store_that_could_not_be_deleted_is_deleted_when_the_broker_is_back(si
         assert operator.status().stores == []
 
 
+def test_slurm_is_told_of_no_more_than_there_is(site: Site) -> None:
+    """Whoever calls stores of their own as those of jobs are called."""
+    stores = [sys.executable, "-P", "-m", "memfaas.server.slurm.stores", f"--broker={_place(site)}"]
+    stores += [f"--secret-file={site.cluster.folder}/secret", f"--state={site.center.folder}/hooks/stores"]
+    file = site.center.folder / "pools.json"
+    subprocess.run([*stores, "setup", "999998", str(USER), str(32 * MIB)], check=True)
+    try:
+        with site.session("mallory") as opened:
+            for name in ("slurm-999998", "slurm-x"):
+                opened.store(name, size=60 * MIB)
+            subprocess.run([*stores, "pools", str(file)], check=True)
+            free = sum(one.memory.offered - one.memory.leased for one in site.donors().values())
+    finally:
+        subprocess.run([*stores, "teardown", "999998"], check=True)
+    (pool,) = json.loads(file.read_text())["pools"]
+    assert 0.8 * free < pool["quantity"] * pool["granularity"] - 32 * MIB <= free
+
+
 def _place(site: Site) -> str:
     return site.cluster.address.removeprefix("memfaas://").partition("?")[0]
 

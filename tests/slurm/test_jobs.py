@@ -150,19 +150,22 @@ def test_what_was_published_is_withdrawn_when_the_donor_is_gone() -> None:
 
 
 def test_the_pool_counts_what_is_free_and_what_jobs_have_of_it() -> None:
-    def store(name: str) -> StoreInfo:
+    def store(name: str, tenant: str) -> StoreInfo:
         spec = StoreSpec(
-            store=b"", name=name, tenant="t", size=GIB, shards=1, shard_size=GIB, persistent=True,
+            store=b"", name=name, tenant=tenant, size=GIB, shards=1, shard_size=GIB, persistent=True,
             compression="none", on_reclaim="migrate",
         )  # fmt: skip
         return StoreInfo(spec=spec, sessions=0, lost_shards=[])
 
     away = msgspec.structs.replace(donor({}), connected=False)
-    report = StatusReport(
-        uptime=0, donors=[donor({}), away], leases=[], stores=[store("slurm-17"), store("data")], sessions=[]
-    )
+    named = [
+        store(*of) for of in (("slurm-17", "alice"), ("slurm-17", "mallory"), ("slurm-x", "alice"), ("data", "bob"))
+    ]
+    report = StatusReport(uptime=0, donors=[donor({}), away], leases=[], stores=named, sessions=[])
+    given = {("alice", "slurm-17"): GIB // 2, ("alice", "slurm-18"): GIB}
     # A little less: of what is free, a store's index takes some.
-    assert 1.8 * GIB < stores.quantity(report) < 2 * GIB
+    assert 0.8 * GIB < stores.quantity(report, {}) < GIB
+    assert stores.quantity(report, given) == stores.quantity(report, {}) + GIB // 2
 
 
 def test_nothing_changes_in_slurm_when_nothing_changed() -> None:

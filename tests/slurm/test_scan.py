@@ -107,7 +107,7 @@ class FakeBroker:
         memory = Memory(offered=GIB, leased=0, populated=0, available=8 * GIB, headroom=0)
         donor = DonorInfo(
             donor="node1", node="", host="", connected=True, memory=memory, leases=1, fabrics=[],
-            reclaimed={"slurm job 17": GIB, "slurm job 18": GIB, "slurm job 19": GIB, "slurm job 20": GIB, "operator": GIB},
+            reclaimed={**{f"slurm job {job}": GIB for job in (17, 18, 19, 20)}, "operator": GIB},
         )  # fmt: skip
         return StatusReport(uptime=0, donors=[donor], leases=[], stores=[], sessions=[])
 
