@@ -126,6 +126,8 @@ class Keeper:
         """Why the lease was said to be over. A donor that comes back may still prove it wrong."""
         self.vacant: str | None = None
         """Why there is no memory behind a cache's shard for now."""
+        self.unwanted = False
+        """This program has asked for its end."""
         self._what = what
         self._broker = broker
         self._current = current
@@ -162,7 +164,10 @@ class Keeper:
         """The lease is over."""
         if self.gone is None:
             self.gone = reason
-            log.warning("%s is lost: %s", self._what, reason)
+            if self.unwanted:
+                log.info("%s is over: %s", self._what, reason)
+            else:
+                log.warning("%s is lost: %s", self._what, reason)
         self._cut()
 
     def drop(self, reason: str) -> None:

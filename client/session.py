@@ -219,7 +219,16 @@ class Session:
 
         Raises UnknownStore, BrokerUnavailable, DeadlineExceeded.
         """
-        self._request(messages.DeleteStore(name=name), messages.Done)
+        with self._lock:
+            keepers = [one for store in self._stores.values() if store.name == name for one in store.keepers]
+        for keeper in keepers:
+            keeper.unwanted = True  # what the broker says of it now is no loss
+        try:
+            self._request(messages.DeleteStore(name=name), messages.Done)
+        except MemfaasError:
+            for keeper in keepers:
+                keeper.unwanted = False
+            raise
 
     def status(self) -> messages.StatusReport:
         """What the broker knows: donors, and this tenant's leases, stores and sessions.

@@ -176,6 +176,8 @@ class Book:
             self._take(lease)
             lease.state, lease.endpoint, lease.links = State.MISSING, NOWHERE, {}
             return Outcome()
+        if lease.last:
+            reason = f"{reason} (it was on donor {lease.last})"
         if lease.spec.store is None:
             return self._end(lease, reason)
         lease.state, lease.endpoint, lease.links, lease.until = State.LOST, NOWHERE, {}, math.inf

@@ -55,7 +55,7 @@ class Lease:
     last: str = ""
     """Donor that had it last, or has it."""
     loss: str = ""
-    """Why it is LOST."""
+    """Why it is LOST, and where it was."""
     endpoint: Endpoint = NOWHERE
     links: dict[str, int] = field(default_factory=dict)
     until: float = math.inf

@@ -181,8 +181,7 @@ class Tables(Registry):
         if known.spec.tenant != tenant:
             raise AccessError(f"lease {short(lease)} belongs to another tenant")
         if known.state is State.LOST:
-            whose = f"donor {known.last} had it" if known.last else "no donor has shown it"
-            raise LeaseLost(f"lease {short(lease)} is lost; {whose}: {known.loss}")
+            raise LeaseLost(f"lease {short(lease)} is lost: {known.loss}")
         if known.state is State.MISSING and known.moving is not None:
             raise TransportError(f"lease {short(lease)} is on its way to donor {known.moving.donor}; try again")
         if known.state is State.MISSING:

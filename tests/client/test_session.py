@@ -153,6 +153,19 @@ def test_a_store_that_is_deleted_is_lost_to_those_who_use_it(cluster: LocalClust
     assert "a" not in fresh
 
 
+def test_only_what_others_delete_is_logged_as_a_loss(
+    cluster: LocalCluster, session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    with memfaas.connect(cluster.address) as second:
+        for name, deleter in (("mine", session), ("theirs", second)):
+            keepers = session.store(name, size="8MiB").keepers
+            deleter.delete_store(name)
+            until(lambda keepers=keepers: all(keeper.gone for keeper in keepers))  # type: ignore[misc]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "shard 0 of store 'theirs' is lost: store 'theirs' was deleted" in warnings
+    assert not any("mine" in message for message in warnings)
+
+
 def test_compression_is_the_creators_choice(cluster: LocalCluster, session: Session) -> None:
     session.store("packed", size="8MiB", compression="lz4").put("a", b"abcd" * 10_000)
     with memfaas.connect(cluster.address, fabric="tcp") as second:
