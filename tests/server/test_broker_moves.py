@@ -376,6 +376,15 @@ async def test_an_operator_asks_a_donor_for_its_memory(served: Served, nursery: 
             assert isinstance(await refusal(operator.ask(reclaim(name), messages.Reclaimed)), TransportError)
 
 
+async def test_a_refusal_names_only_a_few_donors(served: Served, nursery: trio.Nursery) -> None:
+    donors = [FakeDonor(f"d{index}") for index in range(9)]
+    await start_donors(nursery, served, *donors)
+    async with client(served.port, auth.OPERATOR) as operator:
+        error = str(await refusal(operator.ask(reclaim("nobody"), messages.Reclaimed)))
+        assert error.endswith(" and 4 more")
+        assert sum(one.name in error for one in donors) == 5
+
+
 async def test_tenants_do_not_take_memory_back(served: Served, nursery: trio.Nursery) -> None:
     donor = FakeDonor("d")
     await start_donors(nursery, served, donor)
