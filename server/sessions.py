@@ -59,9 +59,9 @@ REQUEST_LIMIT_S = 30.0
 ARRIVAL_S = 3.0
 """How long a request waits for a lease that is on its way to another donor."""
 _ANSWER_S = 5.0
+"""How much longer than its deadline a reclaim's answer may take."""
 _NAMED = 5
 """How many donors a refusal names."""
-"""How much longer than its deadline a reclaim's answer may take."""
 _LONGEST_NAME = 255
 
 _WITHOUT_SESSION = Status | Reclaim | Lend | AskUsage
