@@ -34,6 +34,7 @@ cdef extern from "memfaas.h" nogil:
         int64_t deadline
         uint64_t bytes
         bint spill
+        int64_t patience
     struct mf_stats_t "mf_stats":
         uint64_t keys, parts, used, size, free_spans, epoch, participants
 

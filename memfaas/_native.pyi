@@ -94,11 +94,12 @@ class Memory:
         """How many there have been, about."""
     def copy_all(self) -> None:
         """Begins a copy: nothing counts as copied yet."""
-    def copy_written(self, fd: int, timeout_s: float) -> int:
+    def copy_written(self, fd: int, timeout_s: float, patience_s: float = 0.0) -> int:
         """Sends what was written since it was copied last, while the memory is in use. Returns bytes.
 
-        OSError (like the two below): the socket broke, or time is up (ETIMEDOUT)."""
-    def copy_rest(self, fd: int, timeout_s: float) -> int:
+        OSError (like the two below): the socket broke, or time is up (ETIMEDOUT), or the other side has
+        taken nothing at all for `patience_s`, if that is not 0 (ETIMEDOUT, too)."""
+    def copy_rest(self, fd: int, timeout_s: float, patience_s: float = 0.0) -> int:
         """Ends the copy of memory that is frozen and drained."""
     def receive(self, fd: int, data_fd: int, timeout_s: float, spill: bool = False) -> int:
         """Fills `arriving` memory with such a copy, to its end; then `thaw` it. EPROTO: it made no sense.

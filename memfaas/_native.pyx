@@ -185,8 +185,8 @@ cdef class Memory:
         self.check()
         mf_copy_all(&self.memory)
 
-    def copy_written(self, int fd, double timeout_s):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False]
+    def copy_written(self, int fd, double timeout_s, double patience_s=0.0):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False, <int64_t>(patience_s * 1e9)]
         cdef int error
         self.check()
         with nogil:
@@ -195,8 +195,8 @@ cdef class Memory:
             raise OSError(error, os.strerror(error))
         return copy.bytes
 
-    def copy_rest(self, int fd, double timeout_s):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False]
+    def copy_rest(self, int fd, double timeout_s, double patience_s=0.0):
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, False, <int64_t>(patience_s * 1e9)]
         cdef int error
         self.check()
         with nogil:
@@ -206,7 +206,7 @@ cdef class Memory:
         return copy.bytes
 
     def receive(self, int fd, int data_fd, double timeout_s, bint spill=False):
-        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, spill]
+        cdef mf_copy copy = [fd, mf_now() + <int64_t>(timeout_s * 1e9), 0, spill, 0]
         cdef int error
         self.check()
         with nogil:

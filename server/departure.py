@@ -21,6 +21,11 @@ _LITTLE = 4 << 20
 """Bytes that are sent in a pause that nobody notices."""
 _SOON_S = 0.02
 """Operations end within microseconds, unless their client is slow or stopped."""
+_PATIENCE = 0.25
+_PATIENCE_WITH_DISKS = 0.5
+_LEAST_PATIENCE_S = 0.2
+"""For a target that stands still: a share of the time that there is, so that there is some for another target. A disk
+may take a while; but it is only asked when hardly anybody else has room."""
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +43,16 @@ class Departure:
         self._name = target.place.lease.hex()[:8]
         self._sock: socket.socket | None = None
         self._stopped = False
+        self._patience = _LEAST_PATIENCE_S
 
     def run(self, timeout_s: float) -> Sent:
+        """Gives up a target that stands still before the time is over."""
         started = time.monotonic()
         deadline = started + timeout_s
+        share = _PATIENCE_WITH_DISKS if self._target.spill else _PATIENCE
+        self._patience = max(_LEAST_PATIENCE_S, share * timeout_s)
         try:
-            descriptor = tcp.dial(self._target.place, deadline, "move")
+            descriptor = tcp.dial(self._target.place, min(deadline, started + self._patience), "move")
         except MemfaasError as error:
             return Sent(outcome="stayed", reason=str(error))
         with socket.socket(fileno=descriptor) as self._sock:
@@ -70,13 +79,13 @@ class Departure:
                 self._cut()
                 if not memory.drain(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError("a client's operation did not end; perhaps the client is stopped")
-            size += memory.copy_rest(sock.fileno(), deadline - time.monotonic())
+            size += memory.copy_rest(sock.fileno(), deadline - time.monotonic(), self._patience)
         except Exception as error:  # a fault of ours, too, must not leave it frozen
             memory.thaw()
             reason = "it was given up" if self._stopped else f"the copy broke off: {_what(error)}"
             return Sent(outcome="stayed", reason=reason, size=size)
         try:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            sock.settimeout(max(0.001, min(deadline - time.monotonic(), self._patience)))
             answer = rpc.receive_message_blocking(sock)
         except Exception as error:  # whatever it is, the other side may have all of it
             return Sent(outcome="in doubt", reason=f"no answer came: {_what(error)}", size=size)
@@ -95,7 +104,7 @@ class Departure:
         total = 0
         last = 0
         for round_ in range(_ROUNDS):
-            size = self._memory.copy_written(descriptor, deadline - time.monotonic())
+            size = self._memory.copy_written(descriptor, deadline - time.monotonic(), self._patience)
             total += size
             if size <= _LITTLE or (round_ > 1 and size > last / 2):
                 break

@@ -255,6 +255,7 @@ struct mf_copy {
     int64_t deadline;
     uint64_t bytes; /* of DATA, so far */
     bool spill;     /* receiving: to a file, which is not to fill the memory that it relieves */
+    int64_t patience; /* sending: ns for which nothing at all is taken; 0: as long as there is time */
 };
 void mf_copy_all(struct mf_memory *memory); /* from here on everything counts as not copied yet */
 int mf_copy_written(struct mf_memory *memory, struct mf_copy *copy);

@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -47,23 +48,40 @@ struct writer_copy {
 
 /* --- a socket with a deadline ------------------------------------------------------------------------ */
 
-static int set_timeout(struct mf_copy *copy, int option) {
+static int set_timeout(struct mf_copy *copy) {
     int64_t left = copy->deadline - mf_now();
     if (left <= 0)
         return ETIMEDOUT;
     left = left / 1000 + 1;
     struct timeval time = {left / 1000000, left % 1000000};
-    return setsockopt(copy->fd, SOL_SOCKET, option, &time, sizeof time) ? errno : 0;
+    return setsockopt(copy->fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time) ? errno : 0;
+}
+
+/* Until the peer takes some more. */
+static int wait_for_room(struct mf_copy *copy) {
+    struct pollfd room = {.fd = copy->fd, .events = POLLOUT};
+    int64_t until = copy->deadline;
+    if (copy->patience && copy->patience < until - mf_now())
+        until = mf_now() + copy->patience;
+    for (int64_t left; (left = until - mf_now()) > 0;) {
+        struct timespec time = {left / 1000000000, left % 1000000000};
+        int ready = ppoll(&room, 1, &time, NULL);
+        if (ready > 0)
+            return 0;
+        if (ready < 0 && errno != EINTR)
+            return errno;
+    }
+    return ETIMEDOUT;
 }
 
 static int send_all(struct mf_copy *copy, struct iovec *pieces, size_t count) {
     int error = 0;
-    while (count && !(error = set_timeout(copy, SO_SNDTIMEO))) { /* again: a slow peer takes some each time */
+    while (count && !(error = wait_for_room(copy))) { /* again: a slow peer takes some each time */
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
-        ssize_t sent = sendmsg(copy->fd, &message, MSG_NOSIGNAL);
+        ssize_t sent = sendmsg(copy->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent < 0) {
-            if (errno != EINTR)
-                return errno == EAGAIN ? ETIMEDOUT : errno;
+            if (errno != EINTR && errno != EAGAIN)
+                return errno;
             continue;
         }
         for (; count && (size_t)sent >= pieces->iov_len; count--, pieces++)
@@ -84,7 +102,7 @@ static int send_piece(struct mf_copy *copy, enum kind kind, uint64_t offset, con
 
 static int receive_all(struct mf_copy *copy, void *into, uint64_t length) {
     int error = 0;
-    for (uint8_t *at = into; length && !(error = set_timeout(copy, SO_RCVTIMEO));) {
+    for (uint8_t *at = into; length && !(error = set_timeout(copy));) {
         ssize_t got = recv(copy->fd, at, length, MSG_WAITALL);
         if (got == 0)
             return ECONNRESET;

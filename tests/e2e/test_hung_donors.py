@@ -45,3 +45,23 @@ def test_a_hung_donor_with_the_most_room_costs_nothing_where_another_has_room() 
         assert moves.lost(reclaimed) == []
         assert [one.donor for one in moves.functions_of(cluster)] == ["other"]
         assert kept.missing(store) == []
+
+
+def test_a_target_that_stands_still_midway_costs_nothing_where_another_has_room() -> None:
+    with (
+        LocalCluster(donors=1, memory=192 * MIB) as cluster,
+        memfaas.connect(cluster.address) as session,
+    ):
+        store = session.store("s", size=128 * MIB)
+        kept = moves.Ledger(store, 100, MIB)
+        moves.add_donor(cluster, "slow", 512 * MIB)
+        moves.add_donor(cluster, "other", 256 * MIB)
+        with moves.Asked(cluster.address, "donor0", moves.EVERYTHING, 12.0) as asked:
+            target = moves.copying(cluster, asked, "donor0", MIB)
+            assert target.donor == "slow"
+            with stopped([target.pid]):
+                reclaimed = asked.result()
+        assert moves.lost(reclaimed) == []
+        assert kept.missing(store) == []
+        moves.check_quiet(cluster, session)
+        assert [one.donor for one in moves.functions_of(cluster)] == ["other"]

@@ -619,6 +619,37 @@ def test_time_is_up_for_a_receiver_that_takes_a_little_at_a_time() -> None:
     assert taken < 3 << 20  # not even the first piece
 
 
+def test_a_receiver_that_takes_nothing_is_given_up_long_before_time_is_up() -> None:
+    hour_s = 3600.0
+    with BareLease("shard", SHARD) as lease:
+        lease.store(lease.shm_link()).put_many({b"%d" % i: bytes(1 << 20) for i in range(16)})
+        near, far = tcp_pair()
+        with near, far:
+            lease.memory.copy_all()
+            with pytest.raises(TimeoutError):
+                lease.memory.copy_written(near.fileno(), hour_s, 0.2)
+
+
+def test_a_receiver_that_takes_a_little_at_a_time_is_not_given_up() -> None:
+    with BareLease("shard", SHARD) as lease:
+        lease.store(lease.shm_link()).put_many({b"%d" % i: bytes(1 << 20) for i in range(16)})
+        near, far = tcp_pair()
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 100_000)
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+
+        def sip() -> None:
+            while far.recv(256 << 10):
+                time.sleep(0.02)  # 64 times at least
+
+        thread = threading.Thread(target=sip)
+        thread.start()
+        lease.memory.copy_all()
+        with near, far:
+            assert lease.memory.copy_written(near.fileno(), LIMIT_S, 0.7) > 16 << 20
+            near.shutdown(socket.SHUT_WR)
+            thread.join()
+
+
 def test_time_is_up_for_a_sender_that_says_nothing() -> None:
     arrival = Arrival("shard", SHARD, timeout_s=0.2)
     with arrival.lease, pytest.raises(TimeoutError):

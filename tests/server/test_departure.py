@@ -13,12 +13,14 @@ import pytest
 from memfaas import rpc
 from memfaas.fabric import tcp
 from memfaas.messages import Done, Endpoint, LeaseSpec, Message, Refused, Sent, Target
+from memfaas.server import departure
 from memfaas.server.departure import Departure
 from memfaas.server.places import place
 from memfaas.testing.lease import BareLease, tcp_pair
 from memfaas.units import MIB
 
 LIMIT_S = 20.0
+HOUR_S = 3600.0
 SIZE = 8 * MIB
 TARGET = Target(
     place=place(
@@ -117,3 +119,27 @@ def test_a_fault_when_all_was_sent_leaves_it_in_doubt(lease: BareLease, monkeypa
     with receiver(monkeypatch, takes_all(Done())):
         sent = send(lease.memory)
     assert (sent.outcome, lease.memory.state) == ("in doubt", "frozen")
+
+
+@pytest.mark.parametrize("takes", ["nothing", "all but answers nothing"])
+def test_who_is_sent_to_and_stands_still_is_given_up_before_the_time_is_over(
+    lease: BareLease, monkeypatch: pytest.MonkeyPatch, takes: str
+) -> None:
+    gone = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        with BareLease("shard", SIZE, arriving=True) as there:
+            if takes != "nothing":
+                there.memory.receive(sock.fileno(), there.data_fd, LIMIT_S)
+            gone.wait()
+
+    store = lease.store(lease.shm_link())
+    for i in range(7):
+        store.put(b"%d" % i, bytes(900_000))
+    with receiver(monkeypatch, serve):
+        monkeypatch.setattr(departure, "_PATIENCE", 0.2 / HOUR_S)
+        try:
+            sent = send(lease.memory, HOUR_S)
+        finally:
+            gone.set()
+    assert sent.outcome == ("stayed" if takes == "nothing" else "in doubt")
