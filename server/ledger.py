@@ -32,16 +32,24 @@ class Debt:
     steps: list[FreedBytes] = field(default_factory=list)
     tried: set[bytes] = field(default_factory=set)
     """Leases that could not be moved lately."""
-    doomed: list[bytes] = field(default_factory=list)
+    doomed: set[bytes] = field(default_factory=set)
     """Leases that must go at the deadline if nothing else pays."""
     stuck: set[bytes] = field(default_factory=set)
     """Leases that could not even be evicted."""
     ended: trio.Event = field(default_factory=trio.Event)
     seconds: float = 0.0
+    _activity: dict[bytes, float] = field(default_factory=dict)
 
     @property
     def deadline(self) -> float:
         return self.started + self.deadline_s
+
+    def activity(self, holding: Holding) -> float:
+        """As it was when this reclaim asked first: for many leases it takes a while to see."""
+        lease = holding.spec.lease
+        if lease not in self._activity:
+            self._activity[lease] = holding.activity()
+        return self._activity[lease]
 
     def pay(self, size: int, how: Step, spec: LeaseSpec | None = None, pause: float = 0.0) -> None:
         """Counts these bytes, which may be more than is left. After the end nothing counts any more."""
@@ -96,6 +104,10 @@ class Claim:
     ended: trio.Event = field(default_factory=trio.Event)
     moved: Moved | None = None
 
+    @property
+    def leaving(self) -> bool:
+        return self.doing in ("move", "evict")
+
 
 class Ledger:
     """The account of one donor. Nothing here waits."""
@@ -106,7 +118,7 @@ class Ledger:
         self.debts: list[Debt] = []
         """The nearest deadline first."""
         self.claims: dict[bytes, Claim] = {}
-        self._holdings = holdings
+        self.holdings = holdings
 
     @property
     def offered(self) -> int:
@@ -119,7 +131,7 @@ class Ledger:
         return loose + sum(claim.size for claim in self.claims.values())
 
     def unclaimed(self) -> list[Holding]:
-        return [one for one in self._holdings() if one.spec.lease not in self.claims]
+        return [one for one in self.holdings() if one.spec.lease not in self.claims]
 
     # --- debts ------------------------------------------------------------------------------------
 
@@ -156,6 +168,8 @@ class Ledger:
 
     def settle(self) -> None:
         """Leases that became smaller without our doing, and an offer that grew, pay the nearest deadline first."""
+        if not self.debts:
+            return
         surplus = sum(one.left for one in self.debts) - max(0, self.used - self.offered)
         for debt in self.debts:
             size = min(debt.left, max(0, surplus))
@@ -190,14 +204,16 @@ class Ledger:
 
     def leaving(self, debt: Debt) -> int:
         """Bytes of the leases that are leaving for this reclaim."""
-        return sum(one.size for one in self.claims.values() if one.debt is debt and one.doing in ("move", "evict"))
+        return sum(one.size for one in self.claims.values() if one.debt is debt and one.leaving)
 
     def need(self, debt: Debt) -> int:
         """Bytes for which nothing is on its way out.
 
-        What leaves by itself counts, and what leaves for a reclaim that is due earlier and does not need all of it.
+        What leaves by itself counts, what leaves for a reclaim that has ended, and what leaves for one that is due
+        earlier and does not need all of it.
         """
         spare = sum(one.bytes for one in self.unclaimed() if one.state in ("moving", "ending"))
+        spare += sum(one.size for one in self.claims.values() if one.leaving and one.debt not in self.debts)
         for other in self.debts:
             balance = spare + self.leaving(other) - other.left
             if other is debt:

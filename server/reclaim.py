@@ -18,15 +18,18 @@ import trio
 from memfaas.errors import MemfaasError
 from memfaas.messages import Reclaimed, Step
 from memfaas.server.ledger import Claim, Debt, Ledger
-from memfaas.server.victims import Holding, HoldingState, Rank, choose, describe, may_drop, rank
+from memfaas.server.schedule import Schedule, loss
+from memfaas.server.victims import Holding, HoldingState, choose, describe, may_drop, rank
 from memfaas.units import GIB, format_duration, format_size
 
 EVICT_RATE = 3 * GIB
 """Bytes per second that a kernel takes back at least, in 4 KiB pages."""
 MOVES_AT_ONCE = 4
 """For one reclaim. More only share the same link."""
-_EVICT_S = 0.02
-"""From the decision to evict until the kernel begins to free."""
+_GRAIN_S = 0.005
+"""What is to be evicted within so much goes together."""
+_REST = 4
+"""To look at many leases takes a while. For so many times as long the processor is for those that leave."""
 _AGAIN_S = 0.5
 """After a move that failed, before the lease is tried again."""
 _PUNCH_S = 1.0
@@ -141,12 +144,16 @@ class Reclaimer:
         try:
             await self._punch_all(debt)
             while debt.left > 0:
-                woken = self._woken
+                began, woken = trio.current_time(), self._woken
                 look_again = self._take_leases(debt)
                 if look_again is None:
                     break
+                rest_until = began + (1 + _REST) * (trio.current_time() - began)
                 with trio.move_on_at(look_again):
                     await woken.wait()
+                    with trio.move_on_at(rest_until):
+                        while debt.left > 0:
+                            await self._woken.wait()
                 self._ledger.settle()
         finally:
             self._end(debt)
@@ -168,30 +175,37 @@ class Reclaimer:
 
     def _take_leases(self, debt: Debt) -> float | None:
         """Starts what has to be started now. Returns when to look again; None when nothing can be done."""
-        doomed = self._doomed()
-        while (due := self._evict_at(debt, doomed)) <= trio.current_time() and doomed[debt]:
+        schedule = self._schedule()
+        soon = trio.current_time() + _GRAIN_S
+        while schedule.doomed(debt) and schedule.evict_at(debt) <= soon:
             reason = "the node needs its memory now, and it could not be moved in time"
-            self._start_evicting(debt, doomed[debt][0], reason)
-            doomed = self._doomed()
-        if due > trio.current_time():
-            self._start_leaving(debt, doomed)
-            doomed = self._doomed()  # some may be on their way to be dropped
-        if doomed[debt]:
-            return self._evict_at(debt, doomed)
+            self._start_evicting(debt, schedule.take(debt), reason)
+        if schedule.evict_at(debt) > soon and self._start_leaving(debt, schedule):
+            schedule = self._schedule()
+        if schedule.doomed(debt):
+            return schedule.evict_at(debt)
         # What others have claimed, or will evict, may be enough for this one too.
-        return math.inf if self._ledger.claims or any(doomed.values()) else None
+        return math.inf if self._ledger.claims or schedule else None
+
+    def _schedule(self) -> Schedule:
+        return Schedule(self._ledger, self._evict_rate)
 
     # --- free parts of shards -------------------------------------------------------------------------
 
     async def _punch_all(self, debt: Debt) -> None:
+        debts: list[Debt] = []
+        evict_at = math.inf
         for holding in sorted(self._ledger.unclaimed(), key=lambda one: rank(one.spec)):
+            if holding.state != "serving" or holding.spec.store is None or holding.spec.lease in self._ledger.claims:
+                continue
+            if debts != self._ledger.debts:  # otherwise it only comes later by what is punched
+                debts, evict_at = list(self._ledger.debts), self._schedule().evict_at(debt)
             need = self._ledger.need(debt)
-            time = self._evict_at(debt, self._doomed()) - trio.current_time()
+            time = evict_at - trio.current_time()
             if need == 0 or time <= 0:
                 break
-            if holding.state == "serving" and holding.spec.lease not in self._ledger.claims:
-                # At most half of the time: one that hangs may not cost the others the time to be moved.
-                await self._punch(debt, holding, need, min(time / 2, _PUNCH_S + need / self._evict_rate))
+            # At most half of the time: one that hangs may not cost the others the time to be moved.
+            await self._punch(debt, holding, need, min(time / 2, _PUNCH_S + need / self._evict_rate))
 
     async def _punch(self, debt: Debt, holding: Holding, size: int, patience: float) -> None:
         claim = self._ledger.claim(holding, "punch", debt)
@@ -231,31 +245,31 @@ class Reclaimer:
 
     # --- whole leases, while there is time --------------------------------------------------------------
 
-    def _start_leaving(self, debt: Debt, doomed: dict[Debt, list[Holding]]) -> None:
-        """Has victims moved or dropped, as many at the same time as may be."""
+    def _start_leaving(self, debt: Debt, schedule: Schedule) -> bool:
+        """Has victims moved or dropped, as many at the same time as may be. Returns whether any is dropped."""
         able = [
             one
             for one in self._ledger.unclaimed()
             if one.state in ("serving", "arriving") and one.spec.lease not in debt.tried | debt.stuck
         ]
-        victims = choose(able, self._ledger.need(debt), _loss)
-        moving = sum(claim.debt is debt and claim.doing == "move" for claim in self._ledger.claims.values())
-        deadline = self._evict_at(debt, doomed)
+        victims = choose(able, self._ledger.need(debt), loss, debt.activity)
+        claims = self._ledger.claims.values()
+        moving = sum(claim.debt is debt and claim.doing == "move" for claim in claims)
+        going = sum(schedule.seconds(claim.holding) for claim in claims if claim.doing == "evict")
+        now, deadline = trio.current_time(), schedule.evict_at(debt)
+        dropped = False
         # Large ones first: then the small ones may turn out not to be needed.
         for victim in sorted(victims, key=lambda one: one.bytes, reverse=True):
             if victim.state == "arriving" or may_drop(victim.spec):
-                if victim in doomed[debt] or self._has_time_for(victim, doomed):
+                takes = going + schedule.seconds(victim)
+                if victim.spec.lease in debt.doomed or schedule.has_time_for(takes, now):
                     reason = "the node needs its memory" if victim.state == "serving" else "the node needs the room"
                     self._start_evicting(debt, victim, reason)
+                    going, dropped = takes, True
             elif moving < self._moves_at_once:
                 moving += 1
                 self._nursery.start_soon(self._move, debt, self._ledger.claim(victim, "move", debt), deadline)
-
-    def _has_time_for(self, victim: Holding, doomed: dict[Debt, list[Holding]]) -> bool:
-        """Whether the kernel can free it and still have what is doomed by its deadline."""
-        going = sum(claim.size for claim in self._ledger.claims.values() if claim.doing == "evict")
-        until = trio.current_time() + (going + victim.bytes) / self._evict_rate
-        return all(until <= self._evict_at(debt, doomed) for debt in doomed)
+        return dropped
 
     async def _move(self, debt: Debt, claim: Claim, deadline: float) -> None:
         spec = claim.holding.spec
@@ -281,48 +295,6 @@ class Reclaimer:
         self._wake()
 
     # --- at the deadline --------------------------------------------------------------------------------
-
-    def _doomed(self) -> dict[Debt, list[Holding]]:
-        """For each reclaim what must go, in this order, if nothing else pays before its deadline.
-
-        Once chosen it stays so as far as it is needed, and nothing is in two lists: the time that the
-        kernel needs for it must not grow when there is none left.
-        """
-        claims = self._ledger.claims
-        free = {one.spec.lease: one for one in self._holdings() if one.bytes > 0}
-        coming = {debt: 0 for debt in self._ledger.debts}
-        for lease, claim in claims.items():
-            if claim.debt in coming and (claim.doing == "evict" or lease not in free):
-                coming[claim.debt] += claim.size
-            if claim.doing == "evict":
-                free.pop(lease, None)
-        doomed: dict[Debt, list[Holding]] = {}
-        spare = 0
-        for debt in self._ledger.debts:
-            need = debt.left - coming[debt] - spare
-            able = [one for lease, one in free.items() if lease not in debt.stuck]
-            before = [one for one in able if one.spec.lease in debt.doomed]
-            if sum(one.bytes for one in before) >= need:
-                able = before
-            doomed[debt] = choose(able, need, _loss)
-            debt.doomed = [one.spec.lease for one in doomed[debt]]
-            for lease in debt.doomed:
-                del free[lease]
-            spare = max(0, sum(one.bytes for one in doomed[debt]) - need)
-        return doomed
-
-    def _evict_at(self, debt: Debt, doomed: dict[Debt, list[Holding]]) -> float:
-        """When the first of them must go, so that the kernel has the bytes of the last by the deadline.
-
-        It frees one after the other, so what is due later must not come too late for that either.
-        """
-        begin = math.inf
-        for other in reversed(self._ledger.debts):
-            end = min(begin, other.deadline - _EVICT_S)
-            begin = end - sum(one.bytes for one in doomed[other]) / self._evict_rate
-            if other is debt:
-                break
-        return begin
 
     def _start_evicting(self, debt: Debt, holding: Holding, reason: str) -> None:
         before = self._ledger.claims.get(holding.spec.lease)
@@ -363,11 +335,6 @@ class Reclaimer:
         claim.size -= freed
         self._ledger.pay(debt, freed, how, claim.holding.spec)
         self._wake()
-
-
-def _loss(holding: Holding) -> tuple[bool, Rank]:
-    """Those of which the least is lost come first: nothing of one that is over, or that is still where it came from."""
-    return holding.state not in ("arriving", "ending"), rank(holding.spec)
 
 
 def _how(claim: Claim) -> Step:

@@ -5,8 +5,9 @@ The agent's custody of a lease is a `Holding`, and so is a lease in the simulati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
@@ -90,7 +91,9 @@ def rank(spec: LeaseSpec) -> Rank:
     return (not spec.borrowed, spec.priority, not may_drop(spec))
 
 
-def choose(candidates: Iterable[Holding], need: int, order: Callable[[Holding], Any]) -> list[Holding]:
+def choose(
+    candidates: Iterable[Holding], need: int, order: Callable[[Holding], Any], activity: Callable[[Holding], float]
+) -> list[Holding]:
     """The leases that give `need` bytes: first by `order`, then few and small, then the least active.
 
     All of them when that is not enough. None is among them without which the others would do.
@@ -98,31 +101,52 @@ def choose(candidates: Iterable[Holding], need: int, order: Callable[[Holding], 
     chosen: list[Holding] = []
     left = need
     for _, group in groupby(sorted(candidates, key=order), order):
-        pool = [one for one in group if one.bytes > 0]
-        while pool and left > 0:
-            victim = _pick(pool, left)
-            pool.remove(victim)
+        for victim in _pick([one for one in group if one.bytes > 0], left, activity):
             chosen.append(victim)
             left -= victim.bytes
     # A large one that came late may do the work of small ones before it.
-    for victim in list(reversed(chosen)):
+    needed: list[Holding] = []
+    for victim in reversed(chosen):
         if left + victim.bytes <= 0:
-            chosen.remove(victim)
             left += victim.bytes
-    return chosen
+        else:
+            needed.append(victim)
+    return needed[::-1]
 
 
-def _pick(pool: list[Holding], need: int) -> Holding:
-    """The least active of those of about the best size.
+def _pick(pool: list[Holding], need: int, activity: Callable[[Holding], float]) -> Iterator[Holding]:
+    """One after the other, the least active of those of about the best size, until they give `need` bytes.
 
     The best is the smallest that suffices, unless small ones do it together with less waste; of these, the largest.
     """
-    enough = [one for one in pool if one.bytes >= need]
-    small = [one for one in pool if one.bytes < need]
-    smallest = min((one.bytes for one in enough), default=0)
-    if enough and (smallest <= 2 * need or sum(one.bytes for one in small) < need):
-        alike = [one for one in enough if one.bytes <= 2 * smallest]
-    else:
-        largest = max(one.bytes for one in small)
-        alike = [one for one in small if 2 * one.bytes >= largest]
-    return min(alike, key=lambda one: (one.activity(), one.bytes, one.spec.lease))
+    pool = sorted(pool, key=lambda one: one.bytes)
+    picked: set[bytes] = set()
+    alike: list[tuple[float, int, bytes, int]] = []  # a heap of small ones, from `begin` on
+    begin = end = len(pool)  # before `end` none suffices; from there on all do, or are picked
+    enough: Holding | None = None
+    small = sum(one.bytes for one in pool)
+    while need > 0:
+        while end > 0 and ((last := pool[end - 1]).bytes >= need or last.spec.lease in picked):
+            end -= 1
+            if last.spec.lease not in picked:
+                enough = last
+                small -= last.bytes
+        if enough is not None and (enough.bytes <= 2 * need or small < need):
+            most = 2 * enough.bytes
+            suffice = (one for one in pool[end:] if one.bytes <= most and one.spec.lease not in picked)
+            yield min(suffice, key=lambda one: (activity(one), one.bytes, one.spec.lease))
+            return
+        if end == 0:
+            return
+        largest = pool[end - 1].bytes
+        begin = min(begin, end)
+        while begin > 0 and 2 * (one := pool[begin - 1]).bytes >= largest:
+            begin -= 1
+            heappush(alike, (activity(one), one.bytes, one.spec.lease, begin))
+        while (index := heappop(alike)[-1]) >= end:
+            pass  # it suffices by now
+        victim = pool[index]
+        picked.add(victim.spec.lease)
+        small -= victim.bytes
+        need -= victim.bytes
+        yield victim

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
@@ -280,6 +280,36 @@ async def test_a_function_that_does_not_punch_costs_the_others_no_time(
     assert steps(await reclaimer.reclaim(100 * MIB, 10.0, "job 17")) == [("punched", 100)]
 
 
+async def test_the_activity_of_a_lease_is_looked_at_once_for_each_reclaim(
+    node: Node, nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    looks: list[bytes] = []
+
+    class Watched(SimulatedLease):
+        def activity(self) -> float:
+            looks.append(self.spec.lease)
+            return super().activity()
+
+    for number in range(60):
+        node.leases[number] = Watched(**vars(node.lend(10 * MIB, move="no room")))
+    reclaimer = Reclaimer("d1", node.holdings, nominal=600 * MIB, evict_rate=RATE)
+    await nursery.start(reclaimer.run)
+    result = await reclaimer.reclaim(600 * MIB, 5.0, "job 17")
+    assert result.in_time
+    assert sorted(looks) == [one.spec.lease for one in node.leases]
+
+
+async def test_the_rest_of_a_cache_that_goes_already_is_enough_for_the_next(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    node.leases[0] = Cache(**vars(node.lend(500 * MIB, on_reclaim="drop")))
+    stays = node.lend(500 * MIB, on_reclaim="drop")
+    await reclaimer.reclaim(400 * MIB, 10.0, "job 17")
+    result = await reclaimer.reclaim(100 * MIB, 10.0, "job 18")
+    assert steps(result) == [("dropped", 100)]
+    assert not stays.ends
+
+
 # --- several at once ---------------------------------------------------------------------------------------
 
 
@@ -409,6 +439,9 @@ async def test_requests_that_make_no_sense_change_nothing(
 
 # --- anything at any time -----------------------------------------------------------------------------------
 
+however_long = settings(deadline=None)
+"""The machine may be busy; what counts here is the time of the mock clock."""
+
 sizes = st.integers(1, 400).map(lambda n: n * MIB)
 fates: st.SearchStrategy[MoveFate] = st.sampled_from(["moves", "spills", "no room", "breaks", "hangs"])
 punch_fates: st.SearchStrategy[PunchFate] = st.sampled_from(["punches", "fails", "hangs"])
@@ -465,6 +498,7 @@ def check(result: Reclaimed, deadline: float) -> None:
     assert all(bool(one.what) == bool(one.lease) for one in result.steps)
 
 
+@however_long
 @given(leases=st.lists(a_lease(), max_size=8), room=st.integers(0, 500), events=events)
 def test_whatever_happens_each_reclaim_gets_its_bytes_and_each_lease_ends_once(
     leases: list[dict[str, Any]], room: int, events: list[tuple[float, tuple[Any, ...]]]
@@ -517,6 +551,7 @@ def test_whatever_happens_each_reclaim_gets_its_bytes_and_each_lease_ends_once(
     simulated(scenario, sum(lease["size"] for lease in leases) + room * MIB)
 
 
+@however_long
 @given(
     leases=st.lists(a_lease(st.just("moves")), min_size=1, max_size=10),
     asked=st.integers(1, 2000),
@@ -536,6 +571,7 @@ def test_nothing_leaves_without_need_when_all_goes_well(leases: list[dict[str, A
     simulated(scenario, sum(lease["size"] for lease in leases))
 
 
+@however_long
 @given(
     leases=st.lists(a_lease(), min_size=1, max_size=8),
     asked=st.integers(1, 2000),
