@@ -11,11 +11,17 @@ from memfaas.errors import UsageError
 
 
 def tenant_of(uid: int) -> str:
-    """The tenant of a user: as for somebody who logs in. Raises UsageError for a name that is no tenant's."""
+    """The tenant of a user: as for somebody who logs in. Raises UsageError for a name that is no tenant's.
+
+    Nobody is the operator of memfaas because of what they are called on a node.
+    """
     try:
-        return auth.valid_tenant(pwd.getpwuid(uid).pw_name)
+        name = pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid{uid}"
+    if name == auth.OPERATOR:
+        raise UsageError(f"the user {name!r} is no tenant: that is what the operator of memfaas is called")
+    return auth.valid_tenant(name)
 
 
 def path_of(folder: Path, job: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import pwd
 import secrets
 import socket
 import subprocess
@@ -260,6 +262,16 @@ def test_the_key_of_a_job_is_for_its_user_alone(tmp_path: Path) -> None:
     assert auth.read_credentials(keys.path_of(folder, "17")) == auth.Credentials.of_tenant(secret, "root")
     run_hook(tmp_path, "epilog", f"--keys={folder}", **variables)
     assert list(folder.iterdir()) == []
+
+
+def test_a_user_who_is_called_like_the_operator_is_not_the_operator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = pwd.struct_passwd((auth.OPERATOR, "x", os.getuid(), os.getgid(), "", "/", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: user)
+    with pytest.raises(UsageError, match="'operator' is no tenant"):
+        keys.write(tmp_path / "keys", "17", os.getuid(), os.getgid(), SECRET)
+    assert list((tmp_path / "keys").iterdir()) == []
 
 
 @pytest.mark.parametrize("user", [{}, {"SLURM_JOB_UID": "root", "SLURM_JOB_GID": "0"}, {"SLURM_JOB_UID": "0"}])
