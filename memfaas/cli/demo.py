@@ -226,6 +226,7 @@ def _take_back(address: str, store: Store, data: dict[str, NDArray[Any]], consol
     donor = store.keepers[0].place.donor
     with connect(address, tenant=OPERATOR) as operator:
         lends = next(one.memory.offered for one in operator.status().donors if one.donor == donor)
+        console.print(f"A batch job wants all memory of {donor} back:")
         reclaimed = operator.reclaim(donor, lends, deadline=_DEADLINE, holder="the demo's batch job")
         console.print(report(reclaimed))
         if not reclaimed.in_time:

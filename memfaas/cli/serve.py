@@ -57,9 +57,9 @@ def _remove(folder: Path) -> None:
 def broker(until_eof: bool, folder: Path | None, **given: Any) -> None:
     """Run the broker of a cluster, in the foreground.
 
-    It prints one line of JSON when it is ready. It keeps nothing on disk: when it was killed and is
-    started again, donors and sessions tell it what there is, and no data is lost. The secret file is
-    made if there is none; copy it to every node of the cluster.
+    It prints one line of JSON when it is ready. It keeps nothing on disk but, with --usage-file, who used
+    how much: when it was killed and is started again, donors and sessions tell it what there is, and no
+    data is lost. The secret file is made if there is none; copy it to every node of the cluster.
 
     \b
     Example:

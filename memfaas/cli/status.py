@@ -145,7 +145,10 @@ def donor_table(report: StatusReport) -> Table:
         amounts = (memory.offered, memory.leased, memory.populated, memory.available, memory.headroom)
         name = Text(one.donor) if one.connected else Text(f"{one.donor} (away)", "red")
         kind = "disk" if one.spill else "memory"
-        taken = ", ".join(f"{format_size(size)} by {holder}" for holder, size in sorted(one.reclaimed.items())) or "-"
+        taken = (
+            ", ".join(f"{format_size(size)} by {holder}" for holder, size in sorted(one.reclaimed.items()) if size)
+            or "-"
+        )
         table.add_row(name, one.host, kind, *map(format_size, amounts), str(one.leases), taken)
     return table
 
