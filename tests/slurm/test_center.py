@@ -200,6 +200,23 @@ def test_a_job_that_asks_for_a_store_finds_it_and_it_goes_with_the_job(site: Sit
     wait_for(lambda: not list((site.center.folder / "keys").iterdir()), "the key is removed", _LONG_S, site.explain)
 
 
+def test_a_job_whose_store_cannot_be_made_does_not_start_and_is_told_why(site: Site) -> None:
+    script = site.center.folder / "no-store.sh"
+    script.write_text("#!/bin/sh\n#BB_LUA pool=memfaas capacity=50MiB\n")
+    before = _submit(site, "--wrap", "true", user=USER)
+    site.center.wait_ended(before)
+    name = f"slurm-{int(before) + 1}"
+    with site.session("nobody") as opened:
+        opened.store(name, size=20 * MIB)
+        job = _submit(site, "--mem=10", str(script), user=USER)
+        assert name == f"slurm-{job}"
+        shown = ["scontrol", "-o", "show", "job", job]
+        wait_for(lambda: "a smaller store" in site.center.run(*shown), "the reason is told", _LONG_S, site.explain)
+        assert site.center.job(job)["JobState"] == "PENDING"
+        site.center.run("scancel", job)
+        assert site.center.wait_ended(job) == "CANCELLED"
+
+
 def test_a_store_that_could_not_be_deleted_is_deleted_when_the_broker_is_back(site: Site) -> None:
     stores = [sys.executable, "-P", "-m", "memfaas.server.slurm.stores", f"--broker={_place(site)}"]
     stores += [f"--secret-file={site.cluster.folder}/secret", f"--state={site.center.folder}/hooks/stores"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -75,6 +76,35 @@ def test_a_job_is_told_of_the_store_and_the_key_that_the_hooks_make(tmp_path: Pa
     form = dict(re.findall(r'^local (store|key) = "(.*)" --', script, re.MULTILINE))
     assert form["store"] % 17 == stores.store_of("17")
     assert form["key"] % 17 == str(keys.path_of(folder / "keys", "17"))
+
+
+@pytest.mark.parametrize("lua", ["lua5.1", "lua5.2", "lua5.3", "lua5.4", "luajit"])
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        ("echo as it is;true", "0"),
+        ("echo no room;false", "-1\tno room"),
+        ("false", "-1\texit status 1"),
+        ("kill -9 $$", "-1\texit status 137"),
+    ],
+)
+def test_a_store_that_could_not_be_made_is_an_error_in_each_lua(
+    tmp_path: Path, lua: str, call: str, result: str
+) -> None:
+    if shutil.which(lua) is None:
+        pytest.skip(f"not installed: {lua}")
+    install(tmp_path, "--stores")
+    script = tmp_path / "burst_buffer.lua"
+    text, replaced = re.subn(
+        "^local call = .*$", lambda _: f"local call = [[sh -c '{call}']]", script.read_text(), flags=re.M
+    )
+    assert replaced == 1
+    script.write_text(
+        "slurm = {SUCCESS = 0, ERROR = -1, log_error = function() end}\n"
+        f"{text}\n"
+        "print(slurm_bb_setup('17', '1000', '1000', 'memfaas', '16777216', '/none'))\n"
+    )
+    assert subprocess.run([lua, script], check=True, capture_output=True, text=True).stdout == f"{result}\n"
 
 
 @pytest.mark.parametrize("which", ["prolog-slurmctld", "prolog", "epilog", "epilog-slurmctld"])
