@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import logging.handlers
 import os
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -27,6 +28,10 @@ from memfaas.local_agent import SOCKET
 from memfaas.server.slurm import ask, hosts, keys, reclaim
 
 _SYSLOG = Path("/dev/log")
+_DAEMON = 3 << 3
+_SEVERITY = {logging.INFO: 6, logging.WARNING: 4}
+_ERROR = 3
+"""Of syslog: whom a message comes from, and how bad it is."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +56,28 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Syslog(logging.Handler):
+    """Unlike Python's own, it never waits for a syslogd that hangs: what that does not take is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"<{_DAEMON | _SEVERITY.get(record.levelno, _ERROR)}>{self.format(record)}"
+        with suppress(OSError):
+            self._socket.sendto(text.encode(), str(self._path))
+
+    def close(self) -> None:
+        self._socket.close()
+        super().close()
+
+
 def _log_to_syslog() -> None:
     form = logging.Formatter("memfaas: %(message)s")
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if _SYSLOG.exists():
-        handlers.append(logging.handlers.SysLogHandler(str(_SYSLOG), logging.handlers.SysLogHandler.LOG_DAEMON))
-    for handler in handlers:
+    for handler in (logging.StreamHandler(), Syslog(_SYSLOG)):
         handler.setFormatter(form)
         logging.getLogger().addHandler(handler)
     logging.getLogger("memfaas").setLevel(logging.INFO)

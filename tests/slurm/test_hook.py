@@ -9,8 +9,9 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from memfaas import auth, local_agent, rpc
 from memfaas.addresses import Address
 from memfaas.errors import BrokerUnavailable, MemfaasError, TransportError, UsageError
 from memfaas.messages import Done, FreedBytes, Lend, Message, Reclaim, Reclaimed
-from memfaas.server.slurm import ask, jobs, keys, reclaim
+from memfaas.server.slurm import ask, hook, jobs, keys, reclaim
 from memfaas.units import MIB
 
 SECRET = secrets.token_bytes(32)
@@ -251,6 +252,30 @@ def test_a_hook_keeps_its_limit(tmp_path: Path) -> None:
         done = run_hook(tmp_path, "epilog-slurmctld", broker, "--limit=0.1", **variables)
     assert done.returncode == 0
     assert "gave up after its limit of 0.1 s" in done.stderr
+
+
+def test_a_syslogd_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    log = logging.Logger("hook")
+    log.addHandler(handler := hook.Syslog(tmp_path / "log"))
+    log.warning("nobody listens")
+    with closing(handler), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslogd:
+        syslogd.bind(str(tmp_path / "log"))
+        syslogd.setblocking(False)
+
+        def fill() -> None:
+            for index in range(5000):
+                log.warning("message %d", index)
+
+        filling = threading.Thread(target=fill, daemon=True)
+        filling.start()
+        filling.join(60)
+        assert not filling.is_alive()
+        assert syslogd.recv(1000) == b"<28>message 0"
+        received = 1
+        with suppress(BlockingIOError):
+            while syslogd.recv(1000):
+                received += 1
+        assert received < 5000  # it hung
 
 
 def test_the_key_of_a_job_is_for_its_user_alone(tmp_path: Path) -> None:
