@@ -39,13 +39,16 @@ from memfaas.server import memory
 from memfaas.server.function import control_path
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import FunctionProcess, Pool
-from memfaas.server.victims import HoldingState, Moved, may_drop
+from memfaas.server.victims import HoldingState, Moved, describe, may_drop
+from memfaas.units import MIB, format_size
 
 _SERVE_S = 30.0
 """Mending what a killed function left may wait for operations of its clients."""
 _STOP_S = 45.0
 _PUNCH_S = 10.0
 _ANSWER_S = 1.0
+_LEEWAY = 2 * MIB
+"""Bytes: the kernel may count a page of this size where only a part of it is the lease's."""
 _MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
@@ -112,6 +115,10 @@ class Custody:
         self.links: dict[str, int] = {}
         self.state: HoldingState = "serving" if incoming is None else "arriving"
         self.punched = 0
+        """Bytes of it that are not for it to use now. Clients can write what its memory says of this, so it counts
+        only as far as the kernel bears it out."""
+        self.unsure = False
+        """Whether its function may have punched more than it said, or less."""
         self._spec = spec
         self._size = lease_bytes(spec.kind, spec.size)
         self._descriptors = descriptors
@@ -128,6 +135,7 @@ class Custody:
         self._link: FunctionLink | None = None
         self._linked = trio.Event()
         self._lock = trio.Lock()
+        self._pages = trio.Lock()
         self._free = trio.Event()
         self._cut: memory.Cut | None = None
         self._operations = (trio.current_time(), 0)
@@ -182,7 +190,7 @@ class Custody:
         if link is None:
             link = await self._start(nursery, pool, fresh=True)
         else:
-            self._count_punched()
+            await self._count_punched()
         task_status.started()
         try:
             while link is not None:
@@ -325,23 +333,64 @@ class Custody:
     async def punch(self, size: int) -> int:
         """Gives free bytes back to the kernel; see `Holding.punch`."""
         link = await self._function(_PUNCH_S)
-        try:
-            return (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
-        finally:
-            self._count_punched()
+        async with self._pages:
+            leeway = min(self._excess, _LEEWAY)
+            self.unsure = True
+            said = (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
+            self.unsure = False
+            before = self.punched
+            self._believe(before + said, leeway)
+            return self.punched - before
 
     async def unpunch(self) -> None:
         link = await self._function(_PUNCH_S)
-        try:
+        async with self._pages:
+            # It may do so without being able to say so; and until that is known, it has all of it.
+            self.punched, self.unsure = 0, True
             await link.channel.request(Unpunch(), Done, _PUNCH_S)
-        finally:
-            self._count_punched()
+            self.unsure = False
 
-    def _count_punched(self) -> None:
-        """Whoever had it done, and whether or not its function could still say so: it stands in the memory."""
-        with self._mapped() as mapped:
-            if mapped is not None:
-                self.punched = mapped.punched()
+    async def restrain(self) -> int:
+        """Has pages cut out again that came back in what was punched; returns how many bytes are still too many.
+
+        Its clients can bring them back, by no more than reading where nothing is theirs. Raises MemfaasError.
+        """
+        if self.unsure:
+            async with self._pages:
+                await self._count_punched()
+        if self.state != "serving" or self._excess <= _LEEWAY:
+            return 0
+        logger.warning(
+            "lease %s: %s takes %s more than what was left to it; they are cut out again",
+            self.name,
+            describe(self._spec),
+            format_size(self._excess),
+        )
+        link = await self._function(_PUNCH_S)
+        async with self._pages:
+            try:
+                # Only what is free is cut out, so nothing may be held by that holder which is nobody.
+                await link.channel.request(Unpunch(), Done, _PUNCH_S)
+                await link.channel.request(Punch(size=self.punched), Punched, _PUNCH_S)
+            except DeadlineExceeded as error:
+                logger.warning("lease %s: nothing was cut out of it: %s", self.name, error)
+        return self._excess if self.state == "serving" and self._excess > _LEEWAY else 0
+
+    @property
+    def _excess(self) -> int:
+        """Bytes that it takes beyond what was left to it."""
+        return max(0, self.populated - (self._size - self.punched)) if self._descriptors else 0
+
+    def _believe(self, punched: int, leeway: int = 0) -> None:
+        self.punched = max(self.punched, min(punched, self._size, self._size - self.populated + leeway))
+
+    async def _count_punched(self) -> None:
+        """Whoever had it done, and whether or not its function could say so: it stands in the memory."""
+        try:
+            self._believe(await self._with_memory(_punched))
+            self.unsure = False
+        except (TransportError, ValueError) as error:
+            logger.debug("lease %s: what is punched cannot be told now: %s", self.name, error)
 
     # --- ending it ------------------------------------------------------------------------------
 
@@ -442,3 +491,11 @@ class Custody:
         finally:
             os.close(data)
             os.close(control)
+
+
+def _punched(data: int, control: int) -> int:
+    mapped = _native.Memory(data, control)
+    try:
+        return mapped.punched()
+    finally:
+        mapped.close()

@@ -360,6 +360,23 @@ class Agent:
         await custody.clear_up()
         self._forget(custody)
 
+    async def _restrain(self, custody: Custody) -> None:
+        """What was cut out of a lease is the node's; it must not come back into it."""
+        try:
+            excess = await custody.restrain()
+        except MemfaasError as error:
+            logger.warning("lease %s: what was cut out of it cannot be looked after now: %s", custody.name, error)
+            return
+        self._reclaimer.changed()  # more of it may be punched than we knew
+        if excess > 0:
+            logger.error(
+                "lease %s of tenant %s takes %s of the node that were taken back from it; so it has to go",
+                custody.name,
+                custody.spec.tenant,
+                format_size(excess),
+            )
+            self._reclaimer.evict(custody, "its clients used memory that the node had taken back from it")
+
     async def _bring_home(self, lease: bytes) -> Done:
         custody = self._custodies.get(lease)
         if custody is None:
@@ -486,6 +503,8 @@ class Agent:
             self._sampled = trio.current_time()
             for custody in self._custodies.values():
                 custody.sample()
+                if custody.punched > 0 or custody.unsure:
+                    self._nursery.start_soon(self._restrain, custody)
 
     def _draft(self) -> DonorReport:
         custodies = self._custodies.values()

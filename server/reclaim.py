@@ -128,6 +128,13 @@ class Reclaimer:
         self.changed()
         return lent
 
+    def evict(self, holding: Holding, reason: str) -> None:
+        """Has it give its memory back at once, though nobody waits for that."""
+        claim = self._ledger.claims.get(holding.spec.lease)
+        if claim is None or claim.doing != "evict":
+            nobody = Debt(holder="", asked=0, left=0, started=trio.current_time(), deadline_s=0.0)
+            self._start_evicting(nobody, holding, reason)
+
     def changed(self) -> None:
         """To be called when a lease has come or gone by itself."""
         self._ledger.settle()

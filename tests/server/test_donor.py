@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import trio
 from memfaas import _native, auth, fabric, local_agent, messages
 from memfaas.errors import CapacityError, LeaseLost, UsageError
 from memfaas.server import pressure
+from memfaas.server.records import Room
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
 from tests.server.support import (
@@ -343,7 +345,8 @@ async def test_a_grant_that_would_cut_into_the_headroom_is_refused(
     """The donor itself looks, whatever the broker believes."""
     async with donor_process(served, folder, memory="1000TiB"), client(served.port) as ann:
         assert isinstance(await refusal(ann.open_region(1 << 45)), CapacityError)
-        monkeypatch.setattr(Tables, "_free", lambda self, donor: 1000 << 40)
+        room = 1000 << 40
+        monkeypatch.setattr(Tables, "_room", lambda self, donor: Room(donor.name, room, False, 0, room))
         error = await refusal(ann.open_region(1 << 45))
         assert isinstance(error, CapacityError)
         await ann.open_region()
@@ -435,6 +438,42 @@ async def test_auto_lends_what_is_available_beyond_the_headroom(served: Served, 
         memory = served.broker.tables.donors["d"].memory
         assert donor.ready["offered"] == memory.offered
         assert 0 < memory.offered <= memory.available
+
+
+@pytest.mark.slow
+async def test_a_lease_that_uses_what_was_taken_back_from_it_has_to_go(served: Served, folder: Path) -> None:
+    async with (
+        donor_process(served, folder),
+        client(served.port) as ann,
+        client(served.port, tenant=auth.OPERATOR) as operator,
+    ):
+        (shard,) = (await ann.open_store(size=64 * MIB)).places
+        stays = await ann.open_region(MIB)
+        request = messages.Reclaim(donor="d", size=220 * MIB, deadline=5.0, holder="job 1")
+        answer = await operator.ask(request, messages.Reclaimed)
+        assert [step.how for step in answer.steps] == ["unlent", "punched"]
+        # What any of its clients can do: it writes that nothing is punched, and stores values there.
+        data, control = memory_of(function_pid(shard))
+        _native.Memory(data, control).unpunch()
+        os.close(data)
+        os.close(control)
+        store = open_shard(shard)
+        with contextlib.suppress(CapacityError):
+            for number in range(64):
+                store.put(b"%d" % number, b"x" * MIB)
+        with trio.fail_after(4 * LIMIT_S):
+            while not ann.gone:  # noqa: ASYNC110  # the donor looks every ten seconds
+                await trio.sleep(0.1)
+        assert {(notice.lease, "taken back" in notice.reason) for notice in ann.gone} == {(shard.lease, True)}
+        assert open_region(stays).read(0, 1) == b"\0"
+
+
+def memory_of(pid: int) -> list[int]:
+    """Descriptors of the data and control memory of a function."""
+    names = {os.readlink(one): one for one in Path(f"/proc/{pid}/fd").iterdir() if "memfd:memfaas" in os.readlink(one)}
+    control = next(name for name in names if ":control" in name)
+    data = next(name for name in names if ":control" not in name)
+    return [os.open(names[name], os.O_RDWR) for name in (data, control)]
 
 
 @pytest.mark.slow

@@ -1,0 +1,181 @@
+"""The agent's side of one lease, over real memory: what it takes of the node, whatever its clients do."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+
+from memfaas import _native
+from memfaas.errors import TransportError
+from memfaas.messages import Done, Endpoint, LeaseSpec, Message, Punch, Punched, StoreSpec, Unpunch
+from memfaas.server import memory
+from memfaas.server.custody import Custody, FunctionLink
+from memfaas.server.placement import lease_bytes
+from memfaas.server.pool import Pool
+from memfaas.units import MIB
+
+SIZE = 64 * MIB
+STORE = StoreSpec(
+    store=b"s" * 16,
+    name="results",
+    tenant="alice",
+    size=SIZE,
+    shards=1,
+    shard_size=SIZE,
+    persistent=False,
+    compression="none",
+    on_reclaim="migrate",
+)
+SPEC = LeaseSpec(lease=b"L" * 16, tenant="alice", kind="shard", size=SIZE, epoch=1, store=STORE)
+TOLERANCE = 2 * MIB
+
+
+class Function:
+    """Does with the memory what a memory function does; `punches` is what becomes of requests to punch."""
+
+    def __init__(self, data: int, control: int) -> None:
+        self.memory = _native.Memory(data, control)
+        self.data = data
+        self.ended = trio.Event()
+        self.notices: list[Message] = []
+        self.channel = self
+        self.process = self
+        self.closed = False
+        self.punches = "at once"
+
+    async def request(self, message: Message, reply: type[Any], timeout_s: float) -> Message:
+        await trio.lowlevel.checkpoint()
+        match message:
+            case Punch():
+                if self.punches == "never":
+                    return Punched(size=0)
+                size = self.memory.punch(self.data, message.size, 0.1)
+                if self.punches == "late":
+                    raise TransportError("it said nothing")
+                return Punched(size=size)
+            case Unpunch():
+                self.memory.unpunch()
+                return Done()
+        raise AssertionError(message)
+
+    async def kill(self) -> None:
+        pass
+
+
+@pytest.fixture
+def descriptors() -> Iterator[list[int]]:
+    data, control = memory.make("shard", SIZE, "test")
+    _native.format_memory(data, control, kind="shard", size=SIZE, lease=SPEC.lease, store=STORE.store, shard=0, epoch=1)
+    yield [data, control]
+    for descriptor in (data, control):
+        os.close(descriptor)
+
+
+@pytest.fixture
+def function(descriptors: list[int]) -> Iterator[Function]:
+    made = Function(*descriptors)
+    yield made
+    made.memory.close()
+
+
+@pytest.fixture
+async def custody(descriptors: list[int], function: Function, tmp_path: Path, nursery: trio.Nursery) -> Custody:
+    def unexpected(*_: object) -> None:
+        raise AssertionError
+
+    made = Custody(
+        SPEC,
+        Endpoint(node="n", unix_path=str(tmp_path / "socket"), host="", port=0),
+        descriptors,
+        donor="d",
+        ticket_key=b"k",
+        spill=False,
+        on_change=unexpected,
+        on_arrived=unexpected,
+        on_doubt=unexpected,
+        on_evicted=unexpected,
+        on_lost=unexpected,
+        mover=cast(Any, unexpected),
+    )
+    await nursery.start(made.keep, nursery, cast(Pool, None), cast(FunctionLink, function))
+    return made
+
+
+def fill(descriptors: list[int]) -> None:
+    """Backs all of it with pages, as a client can."""
+    data = descriptors[0]
+    with mmap.mmap(data, os.fstat(data).st_size, access=mmap.ACCESS_READ) as mapped:
+        for offset in range(0, len(mapped), mmap.PAGESIZE):
+            mapped[offset]
+
+
+def let_go(descriptors: list[int]) -> None:
+    """What is punched seems free, as a client can make it seem."""
+    hostile = _native.Memory(*descriptors)
+    hostile.unpunch()
+    hostile.close()
+
+
+async def test_what_is_punched_is_missing_in_the_kernels_figure(custody: Custody, descriptors: list[int]) -> None:
+    fill(descriptors)
+    whole = custody.populated
+    assert custody.bytes == lease_bytes("shard", SIZE)
+    assert await custody.punch(20 * MIB) == 20 * MIB
+    assert custody.bytes == lease_bytes("shard", SIZE) - 20 * MIB
+    assert whole - custody.populated >= 19 * MIB  # of the control memory more is used now
+    assert await custody.restrain() == 0
+    await custody.unpunch()
+    assert custody.bytes == lease_bytes("shard", SIZE)
+
+
+async def test_what_had_no_pages_yet_counts_when_it_is_punched(custody: Custody) -> None:
+    assert await custody.punch(20 * MIB) == 20 * MIB
+    assert await custody.punch(20 * MIB) == 20 * MIB
+    assert custody.bytes == lease_bytes("shard", SIZE) - 40 * MIB
+
+
+async def test_the_same_part_is_not_given_back_twice(custody: Custody, descriptors: list[int]) -> None:
+    fill(descriptors)
+    assert await custody.punch(20 * MIB) == 20 * MIB
+    for _ in range(5):
+        let_go(descriptors)
+        assert await custody.punch(20 * MIB) <= TOLERANCE
+    assert custody.bytes >= custody.populated - TOLERANCE
+
+
+async def test_pages_that_were_brought_back_are_cut_out_again(
+    custody: Custody, descriptors: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    await custody.punch(40 * MIB)
+    fill(descriptors)
+    assert custody.populated > custody.bytes + 30 * MIB
+    assert await custody.restrain() == 0
+    assert custody.populated <= custody.bytes + TOLERANCE
+    assert custody.punched == 40 * MIB
+    assert "shard 0 of store 'results' of alice takes" in caplog.text
+
+
+async def test_pages_that_cannot_be_cut_out_again_are_too_many(
+    custody: Custody, descriptors: list[int], function: Function
+) -> None:
+    await custody.punch(40 * MIB)
+    fill(descriptors)
+    function.punches = "never"
+    assert await custody.restrain() == custody.populated - custody.bytes > 30 * MIB
+
+
+async def test_what_a_function_punched_without_saying_so_is_found_out(custody: Custody, function: Function) -> None:
+    function.punches = "late"
+    with pytest.raises(TransportError):
+        await custody.punch(20 * MIB)
+    assert (custody.punched, custody.unsure) == (0, True)
+    assert await custody.restrain() == 0
+    assert (custody.punched, custody.unsure) == (20 * MIB, False)
+    await custody.unpunch()
+    assert function.memory.punched() == 0
