@@ -57,7 +57,7 @@ cdef extern from "memfaas.h" nogil:
     int mf_copy_rest(mf_memory *memory, mf_copy *copy)
     int mf_receive(mf_memory *memory, mf_copy *copy, int data_fd)
     uint64_t mf_punch(mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline)
-    void mf_unpunch(mf_memory *memory)
+    int mf_unpunch(mf_memory *memory, int data_fd)
     uint64_t mf_punched(mf_memory *memory)
     uint32_t mf_fork_generation()
     int64_t mf_now()

@@ -109,8 +109,10 @@ class Memory:
         """Gives up to `limit` bytes of free spans back to the kernel; the shard has less room. Returns bytes.
 
         Waits up to the timeout for what was freed just now."""
-    def unpunch(self) -> None:
-        """What was punched may be used again."""
+    def unpunch(self, data_fd: int = -1) -> None:
+        """What was punched may be used again.
+
+        With `data_fd`, a file: once it has its blocks again. OSError when the disk has not enough; then some stays."""
     def punched(self) -> int:
         """Bytes that were punched, perhaps before this process began to serve."""
     def attach(self, pid: int, start_time: int) -> int:

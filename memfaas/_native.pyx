@@ -223,9 +223,13 @@ cdef class Memory:
             freed = mf_punch(&self.memory, data_fd, limit, mf_now() + timeout_ns)
         return freed
 
-    def unpunch(self):
+    def unpunch(self, int data_fd=-1):
+        cdef int error
         self.check()
-        mf_unpunch(&self.memory)
+        with nogil:
+            error = mf_unpunch(&self.memory, data_fd)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def punched(self):
         self.check()

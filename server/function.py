@@ -272,7 +272,7 @@ class _AgentPeer:
             case Punch():
                 return Punched(size=await self._function.the_lease().punch(message.size))
             case Unpunch():
-                self._function.the_lease().unpunch()
+                await self._function.the_lease().unpunch()
                 return Done()
             case Stop():
                 await self._function.stop()

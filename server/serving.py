@@ -13,7 +13,7 @@ import msgspec
 import trio
 
 from memfaas import _native
-from memfaas.errors import LeaseLost, TransportError
+from memfaas.errors import CapacityError, LeaseLost, TransportError
 from memfaas.messages import FunctionReport, Sent, Serve, Target
 from memfaas.server.arrival import Arrival
 from memfaas.server.departure import Departure
@@ -61,6 +61,7 @@ class Served:
         self._arrival: Arrival | None = None
         self._departure: Departure | None = None
         self._departed = trio.Event()
+        self._unpunching = trio.Lock()
         self._memory: _native.Memory
         self._doorman: Doorman
         self._door: Door
@@ -176,8 +177,13 @@ class Served:
             populating.join()
         return self._memory.punch(self._data, size, _PUNCH_S)
 
-    def unpunch(self) -> None:
-        self._memory.unpunch()
+    async def unpunch(self) -> None:
+        """Raises CapacityError when its disk has no room for it; then some of it stays so."""
+        async with self._unpunching:
+            try:
+                await trio.to_thread.run_sync(self._memory.unpunch, self._data if self.message.spill else -1)
+            except OSError as error:
+                raise CapacityError(f"lease {self.name} does not get all its room again: {error.strerror}") from error
 
     def _start_populating(self) -> None:
         """Backs the memory with pages, in a thread of its own; it is served meanwhile."""

@@ -266,7 +266,8 @@ void mf_set_epoch(struct mf_memory *memory, uint64_t epoch);
 
 /* punch.c: up to `limit` bytes of free spans back to the kernel. */
 uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline);
-void mf_unpunch(struct mf_memory *memory);
+/* For a file, `data_fd`: not without its blocks. Or -1. 0, or the errno for which some stay punched. */
+int mf_unpunch(struct mf_memory *memory, int data_fd);
 uint64_t mf_punched(struct mf_memory *memory); /* bytes */
 bool mf_sweep(struct mf_memory *memory, int64_t deadline); /* heap.c: empty spans become unassigned */
 bool mf_take_unassigned(struct mf_memory *memory, uint32_t span, uint32_t holder);

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sys/statvfs.h>
 
 #include "memfaas.h"
 
@@ -63,10 +64,29 @@ static bool is_punched(struct mf_memory *memory, uint32_t span) {
     return atomic_load(&memory->control->spans[span].holder) == MF_PUNCHED;
 }
 
-void mf_unpunch(struct mf_memory *memory) {
-    for (uint32_t i = 0; i < memory->at.spans; i++)
-        if (is_punched(memory, i))
+#define SPARE (8u << 20) /* A file system needs blocks of its own, also to write where it has allocated some before. */
+
+/* Nobody may write to a file where it has no blocks: on a full disk that would be a SIGBUS, as if it were revoked. */
+static int fill(struct mf_memory *memory, int data_fd, uint32_t span) {
+    off_t offset = (off_t)(memory->at.heap + (uint64_t)span * MF_SPAN);
+    struct statvfs disk;
+    if (fstatvfs(data_fd, &disk))
+        return errno;
+    if (disk.f_bavail * disk.f_frsize < SPARE + MF_SPAN)
+        return ENOSPC;
+    int error;
+    do
+        error = fallocate(data_fd, FALLOC_FL_KEEP_SIZE, offset, MF_SPAN) ? errno : 0;
+    while (error == EINTR);
+    return error;
+}
+
+int mf_unpunch(struct mf_memory *memory, int data_fd) {
+    int error = 0;
+    for (uint32_t i = 0; !error && i < memory->at.spans; i++)
+        if (is_punched(memory, i) && (data_fd < 0 || !(error = fill(memory, data_fd, i))))
             mf_span_settle(memory, i);
+    return error;
 }
 
 uint64_t mf_punched(struct mf_memory *memory) {

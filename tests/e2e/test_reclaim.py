@@ -17,6 +17,7 @@ from memfaas.client.local import LocalCluster
 from memfaas.errors import AccessError, CapacityError, KeyAbsent, LeaseLost, UsageError, ValueLost
 from memfaas.messages import DonorInfo
 from memfaas.units import MIB
+from tests import disks
 from tests.e2e import moves
 from tests.e2e.crew import Crew
 from tests.e2e.moves import EVERYTHING, PATIENT_S, Asked, Ledger, copying, operator
@@ -350,32 +351,19 @@ def test_clients_work_on_while_their_shard_goes_to_the_disk_and_back(spilling: L
         moves.check_quiet(spilling, session)
 
 
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """A file system of so many bytes, mounted on a folder."""
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "memfaas-test", str(folder)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        pytest.skip(f"a small disk needs root: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("left", [40 * MIB, 0])
 def test_a_full_spill_disk_loses_nothing_silently(one: LocalCluster, own_world: Path, left: int) -> None:
     """Somebody else has filled the disk meanwhile. What cannot be written is lost at the deadline, by name."""
     folder = own_world / "scratch"
     folder.mkdir()
-    with small_disk(folder, 2 * MEMORY):
+    with disks.small_disk(folder, 2 * MEMORY):
         moves.add_spill_donor(one, "spill", folder, MEMORY)
+        room = disks.free(folder)
         with full_donor(one) as (session, _, store, kept):
-            with (folder / "ballast").open("wb") as ballast:
-                os.posix_fallocate(ballast.fileno(), 0, 2 * MEMORY - left)
-            with moves.memory_of(moves.of_donor(one, "donor0")) as backed:
+            with (
+                disks.filled_but_for(folder, left),
+                moves.memory_of(moves.of_donor(one, "donor0")) as backed,
+            ):
                 reclaimed = session.reclaim("donor0", EVERYTHING, 3.0, "job")
                 assert backed() == 0
             assert moves.freed(reclaimed, "spilled") == 0
@@ -385,9 +373,7 @@ def test_a_full_spill_disk_loses_nothing_silently(one: LocalCluster, own_world: 
                 store.get(kept.keys[0])
             until(lambda: moves.served_once(one, session))
             assert moves.functions_of(one) == []
-            (folder / "ballast").unlink()
-            space = os.statvfs(folder)
-            assert space.f_bfree == space.f_blocks
+            assert disks.free(folder) == room
             moves.check_quiet(one, session)
         one._processes.pop("spill").stop(10.0)
     folder.rmdir()

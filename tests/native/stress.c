@@ -406,7 +406,7 @@ static void *run_puncher(void *argument) {
             atomic_fetch_add(&cuts, 1);
         mf_nap((int64_t)(draw(&client) % 500000));
         if (draw(&client) % 2)
-            mf_unpunch(&memory);
+            mf_unpunch(&memory, -1);
         if (i % 64 == 0)
             copy_once(2);
     }

@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from memfaas._native import Memory, ShmLink, TcpLink
+from memfaas._native import Memory, ShmLink, TcpLink, format_memory, geometry
 from memfaas.errors import KeyAbsent, StoreFull
 from memfaas.testing import fsck
 from memfaas.testing.lease import Arrival, BareLease, BareStore, fill_and_empty, move
+from tests.disks import filled_but_for, small_disk
 
 SIZE = 24 << 20
 SPAN = 256 << 10
@@ -115,6 +117,36 @@ def test_a_shard_that_was_cut_is_full_sooner_until_it_has_its_room_again(lease: 
         store.delete(key)
     fill_and_empty(store)
     assert fsck.faults(lease.data_fd, lease.control_fd) == {}
+
+
+def test_what_a_full_disk_has_no_blocks_for_stays_cut_out(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with small_disk(disk, 64 << 20):
+        data_bytes, control_bytes = geometry("shard", SIZE)
+        data = os.open(disk, os.O_TMPFILE | os.O_RDWR)
+        control = os.memfd_create("control")
+        try:
+            os.posix_fallocate(data, 0, data_bytes)
+            os.ftruncate(control, control_bytes)
+            format_memory(data, control, kind="shard", size=SIZE, lease=b"L" * 16, store=b"S" * 16, shard=0, epoch=1)
+            memory = Memory(data, control)
+            store = BareStore(memory.part_size)
+            store._set_link(0, ShmLink(data, control, memory.attach(os.getpid(), 1), PATIENCE_S))
+            punched = memory.punch(data, 12 << 20, 0.0)
+            with filled_but_for(disk, 10 << 20):
+                with pytest.raises(OSError, match="No space left"):
+                    memory.unpunch(data)
+                assert 0 < memory.punched() < punched
+                values = fill(store, [100_000])  # every page of it that may be written to has its block
+                assert_stored(store, values)
+            memory.unpunch(data)
+            assert memory.punched() == 0
+            store.put(b"one more", bytes(1 << 20))
+            assert_stored(store, values)
+        finally:
+            os.close(data)
+            os.close(control)
 
 
 def test_what_is_asked_for_is_what_is_cut(lease: BareLease) -> None:
