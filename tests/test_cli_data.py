@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +186,38 @@ def test_watching_ends_with_ctrl_c(cluster: LocalCluster) -> None:
         child.send_signal(signal.SIGINT)
         assert child.stderr.read() == b""
     assert child.returncode == 130
+
+
+def test_watching_goes_on_with_old_figures_while_the_broker_is_away(cluster: LocalCluster) -> None:
+    """What it writes to a terminal; log lines would be seen there, too."""
+    command = [*MEMFAAS, "status", "--watch", "--broker", cluster.address]
+    ours, its = pty.openpty()
+    with (
+        os.fdopen(ours, "rb", buffering=0) as screen,
+        subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as child,
+    ):
+        os.close(its)
+        try:
+            _until(screen, b"donor1")
+            cluster.kill_broker()
+            seen = _until(screen, b"broker away, figures of ") + _until(screen, b"donor1")
+            cluster.restart_broker()
+            for _ in range(2):
+                seen += _until(screen, b"up ") + _until(screen, b"donor1")
+        finally:
+            child.send_signal(signal.SIGINT)
+    assert child.returncode == 130
+    assert b"memfaas: " not in seen
+
+
+def _until(screen: FileIO, words: bytes) -> bytes:
+    seen = b""
+    deadline = time.monotonic() + 30
+    while words not in seen:
+        assert time.monotonic() < deadline, seen
+        if select.select([screen], [], [], 1)[0]:
+            seen += screen.read(4096)
+    return seen
 
 
 # --- up and demo ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,13 @@ def test_a_wrong_size_is_a_value_error_and_an_error_of_memfaas() -> None:
         parse_size("sixteen gig")
     with pytest.raises(MemfaasError):
         parse_size("sixteen gig")
+
+
+@pytest.mark.parametrize("read", [parse_size, parse_duration])
+@pytest.mark.parametrize("text", ["-1", "-5GiB", "- 3s", "-0.5"])
+def test_what_is_negative_is_called_so(read: Callable[[str], float], text: str) -> None:
+    with pytest.raises(UsageError, match="must not be negative"):
+        read(text)
 
 
 def test_a_very_long_text_is_not_repeated_whole_in_the_message() -> None:
