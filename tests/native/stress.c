@@ -410,7 +410,7 @@ static void *run_puncher(void *argument) {
         if (i % 64 == 0)
             copy_once(2);
     }
-    mf_unpunch(&memory);
+    mf_unpunch(&memory, -1);
     return NULL;
 }
 
