@@ -92,6 +92,7 @@ class Agent:
             settings.name,
             lambda: list(self._custodies.values()),
             evict_rate=_EVICT_RATE_2M if node.gives_huge_pages() else _EVICT_RATE_4K,
+            on_reserved=self._keep_reserved,
         )
         credentials = auth.Credentials.of_donor(secret, settings.name)
         self._line = Line(settings.name, settings.broker, credentials, self, self._register)
@@ -101,6 +102,7 @@ class Agent:
         self._serving = True
         self._stopping = False
         self._changed = trio.Event()
+        self._kept: dict[str, int] = {}
         self._sampled = 0.0
         self._reported: DonorReport | None = None
         self._failure: MemfaasError | None = None
@@ -147,7 +149,8 @@ class Agent:
                             memory.check_backing(self._settings.backing)
                         await self._nursery.start(self._reclaimer.run)
                         await self._adopt_all()
-                        self._reclaimer.restore(self._home.reserved())  # or what was cut out would grow back
+                        self._kept = self._home.reserved()
+                        self._reclaimer.restore(self._kept)  # or what was cut out would grow back
                         self._reclaimer.nominal = self._offer()
                         self._nursery.start_soon(self._report_changes)
                         self._nursery.start_soon(self._desk.run)
@@ -157,7 +160,7 @@ class Agent:
                                 self._reclaimer,
                                 self._settings.headroom,
                                 self._populated,
-                                self._reservations_changed,
+                                self._answer_gave_memory,
                                 self._line.say,
                             )
                         await self._line.run()
@@ -308,7 +311,7 @@ class Agent:
         self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
         deadline = min(message.deadline, LONGEST_DEADLINE_S)
         reclaimed = await self._reclaimer.reclaim(message.size, deadline, message.holder, in_all=message.in_all)
-        self._reservations_changed()
+        self._answer_gave_memory()
         return reclaimed
 
     async def reclaim_for_neighbour(self, message: Reclaim) -> Reclaimed:
@@ -322,15 +325,17 @@ class Agent:
         """Raises UsageError."""
         _check_holder(message.holder)
         lent = self._reclaimer.lend(message.holder)
-        self._reservations_changed()
+        self._answer_gave_memory()
         await self._report()  # who has our answer may ask the broker for the room at once
         return Lent(size=lent)
 
-    def _reservations_changed(self) -> None:
+    def _keep_reserved(self) -> None:
+        """At once, for the next agent: this one may be killed, and whoever asked may have died."""
         reserved = self._reclaimer.reserved
         reserved.pop(HOLDER, None)  # the next agent looks for itself
-        self._home.save_reserved(reserved)
-        self._answer_gave_memory()
+        if reserved != self._kept:
+            self._kept = reserved
+            self._home.save_reserved(reserved)
 
     async def _move(self, custody: Custody, deadline: float) -> Moved:
         try:

@@ -78,13 +78,17 @@ class Home:
             return {}
 
     def save_reserved(self, reserved: dict[str, int]) -> None:
-        """For the next agent, if this one is killed. A folder that takes no file must not keep memory from a job."""
-        draft = self.folder / f"{_RESERVED}.new"
+        """For the next agent, whyever this one ends. A folder that takes no file must not keep memory from a job."""
+        path = self.folder / _RESERVED
+        draft = path.with_suffix(".new")
         try:
-            draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
-            draft.replace(self.folder / _RESERVED)
+            if reserved:
+                draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
+                draft.replace(path)
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:
-            logger.error("%s cannot be written; if this donor is killed, its next agent lends again: %s", draft, error)
+            logger.error("%s cannot be written, so the next agent of this donor lends it again: %s", path, error)
 
     def unix_path(self, lease: bytes) -> Path:
         """Half of a lease's identity: a socket's path must be short."""
@@ -110,8 +114,6 @@ class Home:
         """Unlocks it for the next agent, and removes it if there is nothing left for one to find."""
         if self._lock is None:
             return
-        if not any(self.control_paths()):
-            (self.folder / _RESERVED).unlink(missing_ok=True)
         if [path.name for path in self.folder.iterdir()] == [_LOCK]:
             (self.folder / _LOCK).unlink()
             _remove_if_empty(self.folder)

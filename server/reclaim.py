@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 class Reclaimer:
     """All reclaims of one donor; `run` must be running.
 
-    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second.
+    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_reserved`
+    is called when `reserved` has changed, before anything else happens.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Reclaimer:
         nominal: int = 0,
         evict_rate: int = EVICT_RATE,
         moves_at_once: int = MOVES_AT_ONCE,
+        on_reserved: Callable[[], None] = lambda: None,
     ) -> None:
         self._donor = donor
         self._holdings = holdings
         self._evict_rate = evict_rate
         self._moves_at_once = moves_at_once
+        self._on_reserved = on_reserved
         self._ledger = Ledger(holdings, nominal)
         self._woken = trio.Event()
         self._nursery: trio.Nursery
@@ -104,6 +107,7 @@ class Reclaimer:
         earlier = [debt for debt in self._ledger.debts if debt.holder == holder] if in_all else []
         more = max(0, size - self._ledger.reserved.get(holder, 0)) if in_all else size
         debt = self._ledger.borrow(holder, more, deadline_s)
+        self._on_reserved()
         if debt.left > 0:
             self._nursery.start_soon(self._collect, debt)
             await debt.ended.wait()
@@ -125,6 +129,7 @@ class Reclaimer:
     def lend(self, holder: str, size: int | None = None) -> int:
         """So many bytes of what this holder took back may be lent again, or all of it. Returns how many are."""
         lent = self._ledger.lend(holder, size)
+        self._on_reserved()
         self.changed()
         return lent
 

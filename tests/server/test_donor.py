@@ -428,6 +428,34 @@ async def test_the_broker_counts_what_programs_of_the_node_took_back(served: Ser
         assert (account.reclaims, account.reclaimed, account.in_time) == (1, 3 * MIB, 1)
 
 
+@pytest.mark.parametrize("end", ["killed", "stopped"])
+async def test_what_is_taken_back_for_a_job_is_not_lent_by_the_next_agent(
+    served: Served, folder: Path, end: str
+) -> None:
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        if end == "killed":
+            async with client(served.port) as ann:
+                await ann.open_region(200 * MIB)
+                with trio.move_on_after(0.3):  # whoever asked does not live to see the end of it
+                    await local_agent.ask(donor.home, taken_back(200 * MIB, 30.0), messages.Reclaimed, LIMIT_S)
+                await donor.kill()
+        else:
+            await local_agent.ask(donor.home, taken_back(200 * MIB, 1.0), messages.Reclaimed, LIMIT_S)
+            await donor.stop()
+        await donor.start()
+        (info,) = (await operator.status()).donors
+        assert (info.memory.offered, info.reclaimed) == (56 * MIB, {"job 1": 200 * MIB})
+        await operator.ask(messages.Lend(donor="d", holder="job 1"), messages.Done)
+        await donor.stop()
+        await donor.start()
+        (info,) = (await operator.status()).donors
+        assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
+
+
+def taken_back(size: int, deadline: float) -> messages.Reclaim:
+    return messages.Reclaim(donor="d", size=size, deadline=deadline, holder="job 1")
+
+
 async def test_an_agent_that_has_nothing_to_lend_says_so(served: Served, folder: Path) -> None:
     donor = DonorProcess(served.port, folder, memory="auto", headroom="1000TiB")
     donor.launch()

@@ -30,9 +30,21 @@ def test_what_is_set_aside_is_kept_for_the_next_agent_and_a_folder_that_takes_no
     home.enter()
     home.save_reserved({"job 17": 5})
     assert Home(tmp_path / "run/d").reserved() == {"job 17": 5}
+    home.leave()
+    home.enter()
+    assert home.reserved() == {"job 17": 5}
     home.folder.rename(tmp_path / "elsewhere")
     home.save_reserved({"job 17": 6})
-    assert "its next agent lends again" in caplog.text
+    assert "the next agent of this donor lends it again" in caplog.text
+
+
+def test_nothing_is_left_when_nothing_is_set_aside_any_more(tmp_path: Path) -> None:
+    home = Home(tmp_path / "run/d")
+    home.enter()
+    home.save_reserved({"job 17": 5})
+    home.save_reserved({})
+    home.leave()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_nothing_is_removed_with_the_one_above(tmp_path: Path) -> None:
