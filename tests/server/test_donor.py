@@ -14,7 +14,6 @@ from memfaas import _native, auth, fabric, local_agent, messages
 from memfaas.errors import CapacityError, LeaseLost, UsageError
 from memfaas.server import pressure
 from memfaas.server.records import Room
-from memfaas.server.records import Room
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
 from tests.server.support import (
