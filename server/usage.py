@@ -190,7 +190,8 @@ def load(path: Path) -> UsageReport | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot go on from the usage in {path}: {error}; move it away to count anew") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot go on from the usage in {path}: {reason}; move it away to count anew") from error
 
 
 def save(path: Path, report: UsageReport) -> None:

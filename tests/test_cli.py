@@ -434,6 +434,13 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         )
 
 
+def test_a_folder_for_the_secret_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    secret = tmp_path / "file" / "secret"
+    result = run("broker", "--listen-port", "0", "--secret-file", str(secret))
+    assert (result.exit_code, result.stderr) == (1, f"memfaas: {secret.parent}: File exists\n")
+
+
 def test_a_tenants_file_that_is_not_there_is_named_once(tmp_path: Path) -> None:
     missing = str(tmp_path / "tenants.toml")
     result = run("broker", "--listen-port", "0", "--tenants-file", missing, "--secret-file", str(tmp_path / "secret"))

@@ -64,7 +64,8 @@ class _Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
         except OSError as error:  # of a file that the user named, or a full disk
-            click.echo(f"memfaas: {error}", err=True)
+            what = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"memfaas: {what}{error.strerror or error}", err=True)
             ctx.exit(1)
 
 
