@@ -331,11 +331,11 @@ class Agent:
 
     def _keep_reserved(self) -> None:
         """At once, for the next agent: this one may be killed, and whoever asked may have died."""
-        reserved = self._reclaimer.reserved
-        reserved.pop(HOLDER, None)  # the next agent looks for itself
-        if reserved != self._kept:
-            self._kept = reserved
-            self._home.save_reserved(reserved)
+        asked = self._reclaimer.asked
+        asked.pop(HOLDER, None)  # the next agent looks for itself
+        if asked != self._kept:
+            self._kept = asked
+            self._home.save_reserved(asked)
 
     async def _move(self, custody: Custody, deadline: float) -> Moved:
         try:

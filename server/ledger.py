@@ -114,7 +114,8 @@ class Ledger:
 
     def __init__(self, holdings: Callable[[], Iterable[Holding]], nominal: int) -> None:
         self.nominal = nominal
-        self.reserved: dict[str, int] = {}
+        self.asked: dict[str, int] = {}
+        """Bytes that each holder needs: together it may be more than the donor has, for several may need all of it."""
         self.debts: list[Debt] = []
         """The nearest deadline first."""
         self.claims: dict[bytes, Claim] = {}
@@ -122,7 +123,15 @@ class Ledger:
 
     @property
     def offered(self) -> int:
-        return max(0, self.nominal - sum(self.reserved.values()))
+        return max(0, self.nominal - sum(self.asked.values()))
+
+    def shared(self, holder: str) -> bool:
+        """Whether other holders need what this one needs."""
+        return holder in self.asked and sum(self.asked.values()) > self.nominal
+
+    def reserved(self, holder: str) -> int:
+        """Bytes that are set aside for this holder, perhaps for others too."""
+        return min(self.asked.get(holder, 0), self.nominal)
 
     @property
     def used(self) -> int:
@@ -142,20 +151,26 @@ class Ledger:
         if not 0 <= deadline_s < float("inf"):
             raise UsageError(f"cannot take memory back within {deadline_s} seconds")
         self.settle()
-        size = min(size, self.offered)
-        debt = Debt(holder=holder, asked=size, left=size, started=trio.current_time(), deadline_s=deadline_s)
+        before = self.offered
+        if size > 0:
+            self.asked[holder] = self.asked.get(holder, 0) + size
+        taken = before - self.offered
+        debt = Debt(holder=holder, asked=taken, left=taken, started=trio.current_time(), deadline_s=deadline_s)
         self.debts.append(debt)
         self.debts.sort(key=lambda one: one.deadline)
-        self.reserved[holder] = self.reserved.get(holder, 0) + size
         self.settle()
         return debt
 
     def lend(self, holder: str, size: int | None) -> int:
-        """Raises the offer again, by so many bytes. What was still owed to this holder is owed no more."""
-        taken = self.reserved.pop(holder, 0)
-        back = lent = taken if size is None else min(size, taken)
-        if back < taken:
-            self.reserved[holder] = taken - back
+        """The holder needs so many bytes less, or none. Returns by how many the offer is higher then.
+
+        Those that were still owed to this holder are owed no more; but what others need, too, still is.
+        """
+        before = self.offered
+        taken = self.asked.pop(holder, 0)
+        if size is not None and size < taken:
+            self.asked[holder] = taken - size
+        back = lent = self.offered - before
         for debt in reversed(self.debts):
             if debt.holder == holder:
                 back -= debt.withdraw(back)

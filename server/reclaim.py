@@ -42,7 +42,7 @@ class Reclaimer:
     """All reclaims of one donor; `run` must be running.
 
     `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_reserved`
-    is called when `reserved` has changed, before anything else happens.
+    is called when `asked` has changed, before anything else happens.
     """
 
     def __init__(
@@ -82,8 +82,13 @@ class Reclaimer:
 
     @property
     def reserved(self) -> dict[str, int]:
-        """Bytes that are not lent, by who took them back."""
-        return dict(self._ledger.reserved)
+        """Bytes that are not lent, by who took them back. Several may need the same, so the sum may be more."""
+        return {holder: self._ledger.reserved(holder) for holder in self._ledger.asked}
+
+    @property
+    def asked(self) -> dict[str, int]:
+        """Bytes that each of them needs, though it may be more than the donor lends; for `restore`."""
+        return dict(self._ledger.asked)
 
     @property
     def offered(self) -> int:
@@ -99,14 +104,17 @@ class Reclaimer:
     async def reclaim(self, size: int, deadline_s: float, holder: str, *, in_all: bool = False) -> Reclaimed:
         """Lends `size` bytes less from now until `lend(holder)`, and has them free by the deadline.
 
-        More than is offered is taken as all of it. Returns when it is over; a cancelled caller does not
-        stop it. `in_all`: `size` is what the holder needs in all; what it took back before counts, and its
-        reclaims that are under way are waited for. `asked` in the answer is without what the holder lent
-        again meanwhile; `freed` may be more, for leases leave whole. Raises UsageError.
+        More than is offered is taken as all of it, also of what others have taken back, in case they lend it
+        first. Returns when it is over; a cancelled caller does not stop it. `in_all`: `size` is what the holder
+        needs in all; what it took back before counts. Reclaims that are under way for it, or for others who need
+        the same, are waited for. `asked` in the answer is what the donor lends less for it, without what the holder
+        lent again meanwhile; `freed` may be more, for leases leave whole. Raises UsageError.
         """
-        earlier = [debt for debt in self._ledger.debts if debt.holder == holder] if in_all else []
-        more = max(0, size - self._ledger.reserved.get(holder, 0)) if in_all else size
+        others = list(self._ledger.debts)
+        more = max(0, size - self._ledger.asked.get(holder, 0)) if in_all else size
         debt = self._ledger.borrow(holder, more, deadline_s)
+        shared = self._ledger.shared(holder)
+        earlier = [one for one in others if shared or (in_all and one.holder == holder)]
         self._on_reserved()
         if debt.left > 0:
             self._nursery.start_soon(self._collect, debt)
@@ -116,18 +124,18 @@ class Reclaimer:
         with trio.move_on_at(debt.deadline):
             for one in earlier:
                 await one.ended.wait()
-        held = self._ledger.reserved.get(holder, 0)
+        held = self._ledger.reserved(holder)
         result = debt.result(self._donor)
         in_time = result.in_time and all(one.ended.is_set() for one in earlier)
         return msgspec.structs.replace(result, held=held, in_time=in_time, wanted=size, deadline=deadline_s)
 
-    def restore(self, reserved: dict[str, int]) -> None:
-        """What an earlier agent of this donor had taken back; its reclaims are over."""
-        self._ledger.reserved.update(reserved)
+    def restore(self, asked: dict[str, int]) -> None:
+        """What was needed of an earlier agent of this donor; its reclaims are over."""
+        self._ledger.asked.update(asked)
         self.changed()
 
     def lend(self, holder: str, size: int | None = None) -> int:
-        """So many bytes of what this holder took back may be lent again, or all of it. Returns how many are."""
+        """This holder needs so many bytes less, or none any more. Returns how many more are lent."""
         lent = self._ledger.lend(holder, size)
         self._on_reserved()
         self.changed()

@@ -416,6 +416,44 @@ async def test_what_one_holder_lends_again_another_gets_first(
     assert not lease.ends
 
 
+async def test_what_two_need_is_lent_when_neither_does(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    node.lend(1000 * MIB)
+    for job in ("job 1", "job 2"):
+        result = await reclaimer.reclaim(5 * GIB, 10.0, job, in_all=True)
+        assert (result.held, result.in_time, reclaimer.offered) == (1000 * MIB, True, 0)
+    assert reclaimer.reserved == {"job 1": 1000 * MIB, "job 2": 1000 * MIB}
+    assert reclaimer.lend("job 1") == 0
+    assert (reclaimer.offered, reclaimer.reserved) == (0, {"job 2": 1000 * MIB})
+    assert reclaimer.lend("job 2") == 1000 * MIB
+    assert (reclaimer.offered, reclaimer.reserved) == (1000 * MIB, {})
+
+
+async def test_who_needs_what_is_being_freed_for_another_waits_for_it_and_gets_it_though_that_one_ends(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    node.lend(1000 * MIB, move_s=5.0)
+    nursery.start_soon(reclaimer.reclaim, 5 * GIB, 30.0, "job 1")
+    await trio.sleep(1)
+    hasty = await reclaimer.reclaim(5 * GIB, 1.0, "job 2")
+    assert (hasty.asked, hasty.in_time) == (0, False)
+    reclaimer.lend("job 1")
+    result = await reclaimer.reclaim(0, 10.0, "job 2", in_all=True)
+    assert result.in_time
+    assert trio.current_time() == pytest.approx(5, abs=0.1)
+    assert (node.taken, reclaimer.offered) == (0, 0)
+
+
+async def test_of_what_others_need_too_nothing_is_lent_again(reclaimer: Reclaimer, autojump_clock: MockClock) -> None:
+    for holder, size in (("job 1", 700 * MIB), ("job 2", 500 * MIB), ("job 3", 5 * GIB)):
+        await reclaimer.reclaim(size, 10.0, holder)
+    reclaimer.lend("job 3")
+    assert reclaimer.lend("job 1") == 500 * MIB
+    assert reclaimer.lend("job 2", 200 * MIB) == 200 * MIB
+    assert reclaimer.asked == {"job 2": 300 * MIB}
+
+
 async def test_the_giving_back_goes_on_when_the_caller_is_gone(
     node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
 ) -> None:
@@ -493,7 +531,10 @@ def simulated(scenario: Callable[[Node, Reclaimer, trio.Nursery], Any], nominal:
 
 def check(result: Reclaimed, deadline: float) -> None:
     assert result.freed == sum(one.size for one in result.steps if one.seconds <= deadline)
-    assert result.in_time == (result.freed >= result.asked)
+    if result.asked == result.wanted:
+        assert result.in_time == (result.freed >= result.asked)
+    elif result.in_time:  # otherwise what it needs may be on its way to another
+        assert result.freed >= result.asked
     assert sum(one.size for one in result.steps) >= result.asked  # complete, if too late
     assert all(bool(one.what) == bool(one.lease) for one in result.steps)
 

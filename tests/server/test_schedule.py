@@ -82,7 +82,7 @@ async def test_what_goes_already_is_not_chosen_nor_anything_in_its_place(node: N
     going[0].bytes = 100 * MIB
     ledger.pay(debt, 400 * MIB, "dropped", going[0].spec)
     debt.withdraw(100 * MIB)
-    ledger.reserved["job 17"] -= 100 * MIB
+    ledger.asked["job 17"] -= 100 * MIB
     ledger.end(debt)
     after = ledger.borrow("job 18", 100 * MIB, 10.0)
     assert after.left == 100 * MIB
