@@ -52,6 +52,7 @@ _LEEWAY = 2 * MIB
 _MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
+_LOOK_PAUSE_S = 0.1
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -170,8 +171,12 @@ class Custody:
         self._operations = (trio.current_time(), self._count_operations())
 
     def _count_operations(self) -> int:
-        with self._mapped() as mapped:
-            return 0 if mapped is None else mapped.operations()
+        try:
+            with self._mapped() as mapped:
+                return 0 if mapped is None else mapped.operations()
+        except TransportError as error:
+            logger.debug("%s", error)
+            return self._operations[1]
 
     # --- having it served -----------------------------------------------------------------------
 
@@ -254,7 +259,7 @@ class Custody:
     async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionLink | None:
         """Another function on the same memory; None when the lease is over. Raises when none holds out."""
         if self.state == "arriving":
-            if self._state_of_memory() != "serving":
+            if await self._known_state() != "serving":
                 raise LeaseLost("its function ended before all of it had come")
             self._arrive()
         while self.state != "ending":
@@ -271,18 +276,40 @@ class Custody:
         return None
 
     def _state_of_memory(self) -> _native.State:
-        """What is true whichever function lives: the state stands in the memory itself."""
+        """What is true whichever function lives: the state stands in the memory itself. Raises TransportError."""
         with self._mapped() as mapped:
             return "revoked" if mapped is None else mapped.state
 
+    async def _known_state(self) -> _native.State:
+        """Once it can be looked at."""
+        while True:
+            try:
+                return self._state_of_memory()
+            except TransportError as error:
+                logger.warning("%s", error)
+            await trio.sleep(_LOOK_PAUSE_S)
+
+    def _surely_serves(self) -> bool:
+        try:
+            return self._state_of_memory() == "serving"
+        except TransportError as error:
+            logger.warning("%s", error)
+            return False
+
     @contextmanager
     def _mapped(self) -> Iterator[_native.Memory | None]:
-        """Our own look at the memory; None when it is cut off, or was never formatted."""
+        """Our own look at the memory; None when it is cut off, or was never formatted.
+
+        Raises TransportError when this node has no descriptor or no address space for it now.
+        """
         mapped = None
-        try:
-            mapped = _native.Memory(*self._descriptors[:2])
-        except (OSError, ValueError, TypeError):
-            pass
+        if self._descriptors:
+            try:
+                mapped = _native.Memory(*self._descriptors[:2])
+            except ValueError:
+                pass
+            except OSError as error:
+                raise TransportError(f"the memory of lease {self.name} cannot be looked at now: {error}") from error
         try:
             yield mapped
         finally:
@@ -319,7 +346,7 @@ class Custody:
             return Sent(outcome="in doubt", reason=str(error))
         except MemfaasError as error:
             # Its own word, or it died; if before it froze the memory then nothing can have come of it.
-            sure = not link.channel.closed or self._state_of_memory() == "serving"
+            sure = not link.channel.closed or self._surely_serves()
             return Sent(outcome="stayed" if sure else "in doubt", reason=str(error))
 
     async def resume(self, epoch: int, timeout_s: float) -> None:
@@ -396,7 +423,7 @@ class Custody:
 
     def gone(self, reason: str) -> LeaseGone:
         """What to tell the broker when it ends now."""
-        certain = self.state != "moving" and self._state_of_memory() == "serving"
+        certain = self.state != "moving" and self._surely_serves()
         return LeaseGone(lease=self._spec.lease, reason=reason, spec=self._spec if certain else None)
 
     async def end(self, reason: str) -> None:
@@ -407,7 +434,11 @@ class Custody:
                 return  # it was ended before
             freed = self._free.is_set() or await self._stop_function(reason)
             if not freed:
-                await self._cut_off(keep_index=False)
+                try:
+                    await self._cut_off(keep_index=False)
+                except TransportError as error:
+                    # No function and no agent has it any more, so it is free when its clients have let go of it.
+                    logger.error("lease %s: its clients are not told that it has ended: %s", self.name, error)
             await self._close()
             logger.info("lease %s: its memory is given back: %s", self.name, reason)
 
@@ -472,10 +503,17 @@ class Custody:
             await link.process.kill()
 
     async def _cut_off(self, *, keep_index: bool) -> memory.Cut:
-        """What the function would have done: clients that map the memory see that it is revoked."""
-        arriving = self.state == "arriving"
-        self.state = "ending"
-        cut = await self._with_memory(partial(memory.cut_off, keep_index=keep_index))
+        """What the function would have done: clients that map the memory see that it is revoked.
+
+        Raises TransportError when nothing was done.
+        """
+        state, self.state = self.state, "ending"
+        arriving = state == "arriving"
+        try:
+            cut = await self._with_memory(partial(memory.cut_off, keep_index=keep_index))
+        except TransportError:
+            self.state = state
+            raise
         if cut.index is not None:
             self._size, self.punched = self._size - cut.size, 0
         if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more
@@ -483,14 +521,19 @@ class Custody:
         return cut
 
     async def _with_memory(self, work: Callable[[int, int], T]) -> T:
-        """Does work in a thread with data and control memory."""
-        # Copies: ours may be closed, and their numbers be used again, while the kernel frees the pages.
-        data, control = (os.dup(descriptor) for descriptor in self._descriptors[:2])
+        """Does work in a thread with data and control memory. Raises TransportError when the system refuses it."""
+        copies: list[int] = []
         try:
+            # Ours may be closed, and their numbers be used again, while the kernel frees the pages.
+            for descriptor in self._descriptors[:2]:
+                copies.append(os.dup(descriptor))
+            data, control = copies
             return await trio.to_thread.run_sync(work, data, control)
+        except OSError as error:
+            raise TransportError(f"the memory of lease {self.name} cannot be got at now: {error}") from error
         finally:
-            os.close(data)
-            os.close(control)
+            for descriptor in copies:
+                os.close(descriptor)
 
 
 def _punched(data: int, control: int) -> int:

@@ -32,6 +32,8 @@ _REST = 4
 """To look at many leases takes a while. For so many times as long the processor is for those that leave."""
 _AGAIN_S = 0.5
 """After a move that failed, before the lease is tried again."""
+_EVICT_PAUSES_S = (0.01, 0.1, 1.0)
+"""Between attempts to evict a lease."""
 _PUNCH_S = 1.0
 """A function that has not begun to punch by then hangs, and is passed over."""
 
@@ -326,10 +328,10 @@ class Reclaimer:
         how: Step = _how_it_went(claim, state)
         pause = 0.0
         try:
-            keys = await holding.evict(reason)
+            keys = await self._evict_somehow(holding, reason)
             while holding.bytes > 0:
                 self._pay_part(debt, claim, how)
-                keys = await holding.evict(reason)
+                keys = await self._evict_somehow(holding, reason)
         except MemfaasError as error:
             logger.error("%s could not be evicted: %s", describe(spec), error)
             debt.stuck.add(spec.lease)
@@ -348,6 +350,16 @@ class Reclaimer:
         if self._ledger.release(claim):
             self._ledger.pay(debt, claim.size, how, spec, pause)
         self._wake()
+
+    async def _evict_somehow(self, holding: Holding, reason: str) -> int:
+        """A node that is short of memory may be short of other things, too, but not for long. Raises MemfaasError."""
+        for pause_s in _EVICT_PAUSES_S:
+            try:
+                return await holding.evict(reason)
+            except MemfaasError as error:
+                logger.warning("%s is not evicted yet: %s", describe(holding.spec), error)
+            await trio.sleep(pause_s)
+        return await holding.evict(reason)
 
     def _pay_part(self, debt: Debt, claim: Claim, how: Step) -> None:
         """What of it is free already; the one who waits need not wait for the rest if that is enough."""

@@ -43,6 +43,7 @@ class Node:
         move_s: float = 0.01,
         punch: PunchFate = "punches",
         state: HoldingState = "serving",
+        refusals: int = 0,
     ) -> SimulatedLease:
         number = len(self.leases)
         store = StoreSpec(
@@ -67,7 +68,9 @@ class Node:
             priority=priority,
             borrowed=borrowed,
         )
-        lease = SimulatedLease(self, spec, size, spare, move, move_s, punch, activity_rate=activity, state=state)
+        lease = SimulatedLease(
+            self, spec, size, spare, move, move_s, punch, activity_rate=activity, state=state, refusals=refusals
+        )
         self.leases.append(lease)
         return lease
 
@@ -86,6 +89,8 @@ class SimulatedLease:
     state: HoldingState = "serving"
     punched: int = 0
     moves_begun: int = 0
+    refusals: int = 0
+    """So many times it cannot be evicted."""
     ends: list[str] = field(default_factory=list)
     """What became of it: once at most."""
 
@@ -137,6 +142,9 @@ class SimulatedLease:
     async def evict(self, reason: str) -> int:
         if self.ends:
             return 0
+        if self.refusals > 0:
+            self.refusals -= 1
+            raise TransportError("too many open files")
         async with self.node.freeing:
             await trio.sleep(self.bytes / self.node.rate)
             if not self.ends:

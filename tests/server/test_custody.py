@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from memfaas.server.custody import Custody, FunctionLink
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import Pool
 from memfaas.units import MIB
+from tests.server.support import eventually
 
 SIZE = 64 * MIB
 STORE = StoreSpec(
@@ -68,6 +70,11 @@ class Function:
         pass
 
 
+class NoFunctions:
+    async def take(self) -> None:
+        await trio.sleep_forever()
+
+
 @pytest.fixture
 def descriptors() -> Iterator[list[int]]:
     data, control = memory.make("shard", SIZE, "test")
@@ -103,7 +110,7 @@ async def custody(descriptors: list[int], function: Function, tmp_path: Path, nu
         on_lost=unexpected,
         mover=cast(Any, unexpected),
     )
-    await nursery.start(made.keep, nursery, cast(Pool, None), cast(FunctionLink, function))
+    await nursery.start(made.keep, nursery, cast(Pool, NoFunctions()), cast(FunctionLink, function))
     return made
 
 
@@ -168,6 +175,46 @@ async def test_pages_that_cannot_be_cut_out_again_are_too_many(
     fill(descriptors)
     function.punches = "never"
     assert await custody.restrain() == custody.populated - custody.bytes > 30 * MIB
+
+
+async def test_a_node_without_descriptors_evicts_as_soon_as_it_has_some(
+    custody: Custody, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", refuse)
+        with pytest.raises(TransportError, match="Too many open files"):
+            await custody.evict("the node needs it")
+        assert (custody.state, custody.bytes) == ("serving", lease_bytes("shard", SIZE))
+    custody._on_evicted = lambda *_: None
+    await custody.evict("the node needs it")
+    assert custody.bytes == 0
+
+
+async def test_a_lease_that_cannot_be_looked_at_for_a_moment_is_not_lost(
+    custody: Custody, function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived: list[Custody] = []
+    custody._on_arrived = arrived.append
+    looks = 0
+    real = _native.Memory
+
+    def sometimes(data: int, control: int) -> _native.Memory:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return real(data, control)
+
+    monkeypatch.setattr(_native, "Memory", sometimes)
+    assert custody.activity() == 0
+    assert custody.gone("it ends").spec is None  # nobody can tell
+    looks, custody.state = 0, "arriving"
+    function.ended.set()  # it had received all of it, but could not say so
+    await eventually(lambda: bool(arrived))
+    assert (looks, custody.state) == (3, "serving")
 
 
 async def test_what_a_function_punched_without_saying_so_is_found_out(custody: Custody, function: Function) -> None:

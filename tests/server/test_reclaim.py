@@ -271,6 +271,30 @@ async def test_only_as_much_is_lost_as_did_not_make_it(
     assert result.in_time
 
 
+async def test_a_lease_that_cannot_be_evicted_at_once_is_tried_again(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    lease = node.lend(1000 * MIB, move="no room", refusals=1)
+    result = await reclaimer.reclaim(100 * MIB, 10.0, "job 17")
+    assert steps(result) == [("lost", 1000)]
+    assert lease.ends == ["evicted"]
+    assert result.in_time
+
+
+async def test_another_goes_in_the_place_of_one_that_cannot_even_be_evicted(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    stays = node.lend(500 * MIB, borrowed=True, move="no room", refusals=1000)
+    goes = node.lend(500 * MIB, move="no room")
+    result = await reclaimer.reclaim(100 * MIB, 10.0, "job 17")
+    assert steps(result) == [("lost", 500)]
+    assert (stays.ends, goes.ends) == ([], ["evicted"])
+    assert not result.in_time
+    assert reclaimer.used == 500 * MIB
+    result = await reclaimer.reclaim(500 * MIB, 10.0, "job 18")
+    assert (result.freed, result.in_time) == (400 * MIB, False)  # it says so, rather than to wait for ever
+
+
 @pytest.mark.parametrize("fate", ["fails", "hangs"])
 async def test_a_function_that_does_not_punch_costs_the_others_no_time(
     node: Node, reclaimer: Reclaimer, autojump_clock: MockClock, fate: PunchFate
