@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "srun", "sbatch", "sinfo")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "squeue", "srun", "sbatch", "sinfo")
 NODE_MIB = 8000
 USER = 65534
 """Who submits jobs when it shall not be root: `nobody`."""

@@ -254,6 +254,17 @@ def test_a_hook_keeps_its_limit(tmp_path: Path) -> None:
     assert "gave up after its limit of 0.1 s" in done.stderr
 
 
+def test_a_hook_keeps_its_limit_when_slurm_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\nexec sleep 1000\n")
+    squeue.chmod(0o755)
+    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node1", "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    done = run_hook(tmp_path, "prolog-slurmctld", "--limit=0.1", **variables)
+    assert done.returncode == 0
+    assert "gave up after its limit of 0.1 s" in done.stderr
+
+
 def test_a_syslogd_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     log = logging.Logger("hook")
     log.addHandler(handler := hook.Syslog(tmp_path / "log"))
