@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from memfaas import auth, node, rpc
+from memfaas import auth, cgroups, node, rpc
 from memfaas.config import DonorSettings
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
 from memfaas.fabric import boot_id
@@ -68,6 +68,7 @@ _HOME_S = 600.0
 _LOOK_S = 10.0
 """How often the node's memory is looked at; nothing tells when it changes."""
 _REPORT_PAUSE_S = 1.0
+_REPORT_AFTER_S = 0.01
 _LONGEST_HOLDER = 255
 _NOTICEABLE = 64 * MIB
 _EVICT_RATE_4K = GIB
@@ -102,6 +103,7 @@ class Agent:
         self._serving = True
         self._stopping = False
         self._changed = trio.Event()
+        self._groups = cgroups.groups()
         self._kept: dict[str, int] = {}
         self._sampled = 0.0
         self._reported: DonorReport | None = None
@@ -209,7 +211,7 @@ class Agent:
         return self._settings.memory
 
     def _available(self) -> int:
-        return spare.available(backing=self._settings.backing)
+        return spare.available(backing=self._settings.backing, groups=self._groups)
 
     def _populated(self) -> int:
         return sum(one.populated for one in self._custodies.values())
@@ -308,7 +310,7 @@ class Agent:
     async def reclaim(self, message: Reclaim) -> Reclaimed:
         """Raises UsageError."""
         _check_holder(message.holder)
-        self._nursery.start_soon(self._report)  # as soon as the offer is lower: nobody is to be placed here
+        self._nursery.start_soon(self._report_soon)  # the offer is lower: nobody is to be placed here
         deadline = min(message.deadline, LONGEST_DEADLINE_S)
         reclaimed = await self._reclaimer.reclaim(message.size, deadline, message.holder, in_all=message.in_all)
         self._answer_gave_memory()
@@ -519,6 +521,11 @@ class Agent:
             populated={one.spec.lease: one.populated for one in custodies},
             reclaimed=self._reclaimer.reserved,
         )
+
+    async def _report_soon(self) -> None:
+        """To look at the node takes a millisecond, which a reclaim has first. Who is placed here before is refused."""
+        await trio.sleep(_REPORT_AFTER_S)
+        await self._report()
 
     async def _report(self) -> None:
         if self._line.open:
