@@ -169,7 +169,8 @@ class Book:
         return outcome
 
     def _lose(self, lease: Lease, reason: str) -> Outcome:
-        """The lease's memory is gone, or out of reach. A store lives on with what is left of it."""
+        """The lease's memory is gone, or out of reach. A store lives on with what is left of it, if only its name:
+        who asks for one of its keys is to hear that it is lost, and not that there never was any."""
         if lease.state is State.LOST:
             return Outcome()
         if lease.moving is not None:  # then perhaps the copy has come: its donor is heard first
@@ -183,11 +184,7 @@ class Book:
         lease.state, lease.endpoint, lease.links, lease.until = State.LOST, NOWHERE, {}, math.inf
         lease.loss = reason
         self.accounts.lease_ended(lease.spec.lease)
-        outcome = self._tell(lease, reason)
-        store = self.stores[lease.spec.store.store]
-        if len(self.lost_shards(store)) == len(store.leases):
-            outcome += self._end_store(store, f"all of store {store.spec.name!r} is lost: {reason}")
-        return outcome
+        return self._tell(lease, reason)
 
     def _end_store(self, store: Store, reason: str) -> Outcome:
         outcome = Outcome()

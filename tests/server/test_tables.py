@@ -241,16 +241,38 @@ def test_a_shard_whose_donor_comes_back_late_is_found_again_but_a_region_is_not(
     assert region not in world.donors["d"].held
 
 
-def test_a_store_that_lost_every_shard_is_gone_and_its_name_free(world: World) -> None:
-    donor = world.donor("d")
+def lose_all(world: World, donor: str) -> None:
+    world.disconnect(donor)
+    world.donors[donor].held.clear()
+    world.connect(donor)
+
+
+def test_a_persistent_store_that_lost_every_shard_is_lost_until_it_is_deleted(world: World) -> None:
+    world.donor("d")
     session = world.session()
-    world.store(session, ["d", "d"], persistent=True)
-    world.disconnect("d")
-    donor.held.clear()
-    world.connect("d")
-    assert world.tables.find_store("t", "s") is None
+    spec = world.store(session, ["d", "d"], persistent=True)
+    lose_all(world, "d")
     assert len(set(world.told)) == 2
-    world.store(session, ["d"], persistent=True)
+    world.carry_out(world.tables.close_session(session))
+    world.pass_time(10 * DONOR_GRACE_S)
+    assert world.tables.lost_shards(world.tables.stores[spec.store]) == [0, 1]
+    with pytest.raises(LeaseLost):
+        world.tables.locate("t", shard_lease(spec.store, 0))
+    world.carry_out(world.tables.delete_store("t", "s"))
+    assert world.tables.leases == {}
+    world.store(world.session(), ["d"], persistent=True)
+
+
+def test_a_store_that_lost_every_shard_ends_with_its_last_session(world: World) -> None:
+    world.donor("d")
+    sessions = [world.session() for _ in range(2)]
+    spec = world.store(sessions[0], ["d"])
+    world.tables.use_store(sessions[1], spec.store)
+    lose_all(world, "d")
+    world.carry_out(world.tables.close_store(sessions[0], spec.store))
+    assert world.tables.lost_shards(world.tables.stores[spec.store]) == [0]
+    world.carry_out(world.tables.close_session(sessions[1]))
+    assert (world.tables.stores, world.tables.leases) == ({}, {})
 
 
 def test_two_stores_of_one_name_are_both_kept(world: World) -> None:
@@ -367,7 +389,7 @@ def test_a_new_broker_gives_a_cache_anew_what_was_dropped_before(world: World) -
     assert world.tables.stores[spec.store].dropped == 42
 
 
-def test_a_store_of_which_nothing_is_left_is_over_for_a_new_broker(world: World) -> None:
+def test_a_store_of_which_nothing_is_left_is_lost_for_a_new_broker(world: World) -> None:
     world.donor("d")
     session = world.session()
     spec = world.store(session, ["d", "d"], persistent=True)
@@ -375,7 +397,7 @@ def test_a_store_of_which_nothing_is_left_is_over_for_a_new_broker(world: World)
     for shard in (0, 1):
         world.evict("d", shard_lease(spec.store, shard))
     world.connect("d")
-    assert world.tables.find_store("t", "s") is None
+    assert world.tables.lost_shards(world.tables.stores[spec.store]) == [0, 1]
     for shard in (0, 1):
         with pytest.raises(LeaseLost):
             world.tables.locate("t", shard_lease(spec.store, shard))
