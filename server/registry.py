@@ -200,8 +200,6 @@ class Registry(Moves):
             move = self.leases[identity].moving
             if move is not None:
                 move.until = donor.lost_at
-        if not donor.leases and not donor.over and not donor.arriving:
-            del self.donors[name]
 
     def report(self, name: str, report: DonorReport) -> None:
         donor = self.donors[name]

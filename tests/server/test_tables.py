@@ -275,6 +275,15 @@ def test_a_store_that_lost_every_shard_ends_with_its_last_session(world: World) 
     assert (world.tables.stores, world.tables.leases) == ({}, {})
 
 
+def test_a_donor_that_holds_nothing_is_away_for_a_while_before_it_is_forgotten(world: World) -> None:
+    world.donor("d")
+    world.disconnect("d")
+    world.pass_time(DONOR_GRACE_S - 1.0)
+    assert not world.tables.donors["d"].connected
+    world.pass_time(2.0)
+    assert world.tables.donors == {}
+
+
 def test_two_stores_of_one_name_are_both_kept(world: World) -> None:
     """One was made while the broker, freshly started, did not know of the other."""
     world.donor("d")
