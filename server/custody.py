@@ -49,9 +49,10 @@ _PUNCH_S = 10.0
 _ANSWER_S = 1.0
 _LEEWAY = 2 * MIB
 """Bytes: the kernel may count a page of this size where only a part of it is the lease's."""
-_MAX_DEATHS = 5
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 5.0
+"""Between functions that die one after the other: by what is wrong with the node, perhaps; the memory is whole."""
 _LOOK_PAUSE_S = 0.1
 
 T = TypeVar("T")
@@ -257,23 +258,27 @@ class Custody:
             self._on_arrived(self)
 
     async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionLink | None:
-        """Another function on the same memory; None when the lease is over. Raises when none holds out."""
+        """Another function on the same memory; None when the lease is over. Raises when nobody can serve it."""
         if self.state == "arriving":
             if await self._known_state() != "serving":
                 raise LeaseLost("its function ended before all of it had come")
             self._arrive()
-        while self.state != "ending":
+        while not self._is_ending():
             now = trio.current_time()
             self._deaths = [at for at in self._deaths if now - at < _DEATHS_WINDOW_S] + [now]
-            if len(self._deaths) >= _MAX_DEATHS:
-                raise LeaseLost(f"{_MAX_DEATHS} functions died within {_DEATHS_WINDOW_S:g} s")
-            logger.warning("lease %s: its function died, starting another on the same memory", self.name)
-            await trio.sleep(_RESTART_PAUSE_S * (len(self._deaths) - 1))
+            pause = min(_LONGEST_PAUSE_S, _RESTART_PAUSE_S * (2 ** (len(self._deaths) - 1) - 1))
+            logger.warning("lease %s: its function died, starting another on the same memory in %g s", self.name, pause)
+            await trio.sleep(pause)
+            if self._is_ending():
+                break
             try:
                 return await self._start(nursery, pool, fresh=False)
             except TransportError as error:
                 logger.warning("lease %s: %s", self.name, error)
         return None
+
+    def _is_ending(self) -> bool:
+        return self.state == "ending"
 
     def _state_of_memory(self) -> _native.State:
         """What is true whichever function lives: the state stands in the memory itself. Raises TransportError."""

@@ -189,25 +189,40 @@ async def test_a_client_that_outlives_a_function_is_still_cleaned_up_behind(serv
         await until_links(ann, shard.lease, {})
 
 
-async def test_a_function_that_keeps_dying_is_given_up(served: Served, folder: Path) -> None:
+async def kill_functions(place: messages.Place, times: int) -> None:
+    """One after the other, as soon as they serve."""
+    killed = 0
+    with trio.fail_after(LIMIT_S):
+        while times:
+            try:
+                pid = function_pid(place)
+            except OSError:
+                await trio.sleep(0.01)
+                continue
+            if pid != killed:
+                os.kill(pid, signal.SIGKILL)
+                killed = pid
+                times -= 1
+
+
+async def test_functions_that_die_one_after_the_other_cost_no_value(served: Served, folder: Path) -> None:
+    async with donor_process(served, folder), client(served.port) as ann:
+        (shard,) = (await ann.open_store()).places
+        open_shard(shard).put(b"key", b"value")
+        await kill_functions(shard, 6)
+        store = await trio.to_thread.run_sync(open_shard, shard)
+        assert store.get(b"key") == b"value"
+        assert ann.gone == []
+
+
+async def test_a_lease_ends_while_the_next_function_is_put_off(served: Served, folder: Path) -> None:
     async with donor_process(served, folder) as donor, client(served.port) as ann:
         region = await ann.open_region()
         control = donor.home / Path(region.endpoint.unix_path).with_suffix(".ctl").name
-        killed = 0
-        with trio.fail_after(LIMIT_S):
-            while not ann.gone:
-                try:
-                    pid = function_pid(region)
-                except OSError:
-                    await trio.sleep(0.01)
-                    continue
-                if pid != killed:
-                    os.kill(pid, signal.SIGKILL)
-                    killed = pid
-        assert [notice.lease for notice in ann.gone] == [region.lease]
+        await kill_functions(region, 6)
+        await ann.ask(messages.ReleaseLease(lease=region.lease), messages.Done)
+        await eventually(lambda: has_all_back(served) and not control.exists())
         assert isinstance(await refusal(ann.locate(region.lease)), LeaseLost)
-        await eventually(lambda: not control.exists())
-        await ann.open_region()  # others are served
 
 
 async def test_a_new_agent_finds_the_functions_of_a_killed_one(served: Served, folder: Path) -> None:
