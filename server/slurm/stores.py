@@ -60,7 +60,7 @@ class Stores:
 
     async def write_pools(self, file: Path) -> None:
         """Says what the pool has, as Slurm wants it. Raises MemfaasError, OSError."""
-        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._state.mkdir(exist_ok=True, mode=0o700)
         await self._delete_leftovers()
         async with ask.broker(self._address, auth.Credentials.of_tenant(self._secret, auth.OPERATOR)) as channel:
             report = await channel.request(Status(), StatusReport, _ANSWER_S)
@@ -73,7 +73,7 @@ class Stores:
     async def set_up(self, job: str, uid: int, size: int) -> None:
         """Makes the store of a job. Raises MemfaasError, OSError."""
         tenant = keys.tenant_of(uid)
-        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._state.mkdir(exist_ok=True, mode=0o700)
         draft = self._state / f".{job}.{secrets.token_hex(4)}"
         draft.write_text(f"{tenant}\n{size}")
         draft.replace(self._state / job)
