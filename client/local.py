@@ -29,6 +29,8 @@ _TOKEN = "MEMFAAS_LOCAL_CLUSTER"
 _LONGEST_BASE = 40
 """Bytes: a Unix socket's path is short."""
 _POLL_S = 0.01
+_DISK = Path("/var/tmp")
+"""For files without a name. The usual folder for temporary files may be memory."""
 SPILL: Literal["spill"] = "spill"
 """Name of the donor whose memory is on the disk."""
 
@@ -73,7 +75,6 @@ class LocalCluster:
             self.restart_broker()
             names = [self.donor_name(index) for index in range(donors)]
             if self._spill is not None:
-                (self._folder / SPILL).mkdir()
                 names.append(SPILL)
             for name in names:
                 self._launch_donor(name)
@@ -144,7 +145,7 @@ class LocalCluster:
     def _launch_donor(self, name: str) -> None:
         kind: dict[str, Any] = {"memory": self._memory}
         if name == SPILL:
-            kind = {"memory": self._spill, "backing": self._folder / SPILL}
+            kind = {"memory": self._spill, "backing": _DISK}
         self._launch(
             "donor",
             broker=self._address,

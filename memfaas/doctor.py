@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Literal
 
 from memfaas import cgroups
-from memfaas.node import HUGE_PAGES, SHMEM_ENABLED, gives_huge_pages, huge_page_choice
+from memfaas.node import (
+    HUGE_PAGES,
+    MEMORY_FILE_SYSTEMS,
+    NETWORK_FILE_SYSTEMS,
+    SHMEM_ENABLED,
+    gives_huge_pages,
+    huge_page_choice,
+)
 from memfaas.units import format_size
 
 State = Literal["ok", "slow", "missing"]
@@ -29,8 +36,6 @@ _ENOUGH_FILES = 16_384
 _ENOUGH_BACKLOG = 1024
 _POPULATE_SINCE = (5, 14)
 _CAP_IPC_LOCK = 14
-_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
-_NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
 _LIBRARIES = ("numpy", "trio", "msgpack", "msgspec", "lz4", "click", "rich")
 
 
@@ -213,12 +218,12 @@ def _backing(node: Node) -> Iterator[Check]:
         yield Check(name, "missing", f"{folder} is no folder", meaning, f"sudo mkdir -p {shlex.quote(str(folder))}")
     elif not os.access(where, os.W_OK | os.X_OK):
         yield Check(name, "missing", f"{folder} cannot be written to", "run the spill donor as a user who may")
-    elif kind in _MEMORY_FILE_SYSTEMS:
+    elif kind in MEMORY_FILE_SYSTEMS:
         meaning = "what is there takes memory, which a spill donor is to save: choose a folder on a local disk"
-        yield Check(name, "slow", f"{folder} is on {kind}", meaning)
-    elif kind in _NETWORK_FILE_SYSTEMS:
+        yield Check(name, "missing", f"{folder} is on {kind}", meaning)
+    elif kind in NETWORK_FILE_SYSTEMS:
         meaning = "its bytes go over the network, and its space is shared: choose a folder on a local disk"
-        yield Check(name, "slow", f"{folder} is on {kind}", meaning)
+        yield Check(name, "missing", f"{folder} is on {kind}", meaning)
     else:
         space = os.statvfs(where)
         free = format_size(space.f_bavail * space.f_frsize)

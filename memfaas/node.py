@@ -8,6 +8,9 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 SHMEM_ENABLED = HUGE_PAGES / "shmem_enabled"
 """Writing `advise` to it, as root, lets leases have 2 MiB pages."""
 _GIVE = {"always", "within_size", "advise", "force"}
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
+"""Where a spill donor keeps nothing: what is there takes memory, or goes over the network."""
 
 
 def huge_page_choice(folder: Path = HUGE_PAGES) -> str | None:
@@ -22,6 +25,20 @@ def gives_huge_pages(folder: Path = HUGE_PAGES) -> bool:
     Without, giving memory back takes about fifty times as long: some 5 GiB/s instead of some 300.
     """
     return huge_page_choice(folder) in _GIVE
+
+
+def file_system_of(descriptor: int) -> str | None:
+    """The type of the file system that an open file is in, like `ext4`; None if that cannot be told."""
+    try:
+        facts = dict(line.split(":", 1) for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines())
+        mount = facts["mnt_id"].strip()
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            left, _, right = line.partition(" - ")
+            if left.split()[0] == mount:
+                return right.split()[0]
+    except (OSError, ValueError, KeyError, IndexError):
+        pass
+    return None
 
 
 def _chosen(path: Path) -> str | None:

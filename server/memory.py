@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from memfaas import _native
+from memfaas import _native, node
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Kind, Memory
 from memfaas.units import MIB, format_size
@@ -86,8 +86,16 @@ def _unnamed(folder: Path) -> int:
 
 
 def check_backing(folder: Path) -> None:
-    """Whether leases can lie in this folder. UsageError when they cannot."""
-    os.close(_unnamed(folder))
+    """Whether leases can lie in this folder. UsageError when they cannot, or must not."""
+    descriptor = _unnamed(folder)
+    try:
+        kind = node.file_system_of(descriptor)
+    finally:
+        os.close(descriptor)
+    if kind in node.MEMORY_FILE_SYSTEMS:
+        raise UsageError(f"{folder} is on {kind}, which is memory itself; give a folder on a local disk")
+    if kind in node.NETWORK_FILE_SYSTEMS:
+        raise UsageError(f"{folder} is on {kind}, over the network; give a folder on a local disk")
 
 
 def populated(data: int) -> int:

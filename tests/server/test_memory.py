@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from memfaas import _native
+from memfaas import node as the_node
 from memfaas.errors import CapacityError, UsageError
 from memfaas.messages import Memory
 from memfaas.server import memory, spare
@@ -110,6 +111,19 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path: Path) -> None:
             memory.check_backing(wrong)
     memory.check_backing(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_memory_is_refused() -> None:
+    with pytest.raises(UsageError, match="/dev/shm is on tmpfs, which is memory itself"):
+        memory.check_backing(Path("/dev/shm"))
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "lustre"])
+def test_a_folder_over_the_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(the_node, "file_system_of", lambda descriptor: kind)
+    with pytest.raises(UsageError, match=f"is on {kind}, over the network"):
+        memory.check_backing(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
