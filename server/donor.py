@@ -195,12 +195,14 @@ class Agent:
             )
         if self._settings.memory == "auto":
             keep = margin(headroom)  # or the next small program would take something back
-            if lendable - keep < MIB:
+            # Whoever it is set aside for uses some of it already, perhaps, and no more than that.
+            offer = max(lendable - keep, min(self._home.nominal(), lendable - keep + sum(self._kept.values())))
+            if offer < MIB:
                 raise UsageError(
                     f"nothing to lend: {format_size(max(0, lendable + headroom))} are available on this node, "
                     f"and --headroom keeps {format_size(headroom)} of it, with {format_size(keep)} to spare"
                 )
-            return lendable - keep
+            return offer
         if self._settings.memory > lendable:
             logger.warning(
                 "donor %s is to lend %s, but the node could spare only %s beyond the headroom now",
@@ -337,7 +339,7 @@ class Agent:
         asked.pop(HOLDER, None)  # the next agent looks for itself
         if asked != self._kept:
             self._kept = asked
-            self._home.save_reserved(asked)
+            self._home.save_reserved(asked, self._reclaimer.nominal)
 
     async def _move(self, custody: Custody, deadline: float) -> Moved:
         try:

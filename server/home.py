@@ -68,22 +68,30 @@ class Home:
 
     def reserved(self) -> dict[str, int]:
         """What an earlier agent of this donor had set aside, by holder; nothing after the node was started anew."""
+        return self._saved()[0]
+
+    def nominal(self) -> int:
+        """Bytes that it lent at most, with what was set aside; 0 if nothing was."""
+        return self._saved()[1]
+
+    def _saved(self) -> tuple[dict[str, int], int]:
         try:
             saved = json.loads((self.folder / _RESERVED).read_text())
-            return {str(k): int(v) for k, v in saved["reserved"].items()} if saved["boot"] == boot_id() else {}
+            if saved["boot"] == boot_id():
+                return {str(k): int(v) for k, v in saved["reserved"].items()}, int(saved["nominal"])
         except FileNotFoundError:
-            return {}
+            pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.error("%s cannot be read, so what was set aside is lent again: %s", self.folder / _RESERVED, error)
-            return {}
+        return {}, 0
 
-    def save_reserved(self, reserved: dict[str, int]) -> None:
+    def save_reserved(self, reserved: dict[str, int], nominal: int) -> None:
         """For the next agent, whyever this one ends. A folder that takes no file must not keep memory from a job."""
         path = self.folder / _RESERVED
         draft = path.with_suffix(".new")
         try:
             if reserved:
-                draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved}))
+                draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved, "nominal": nominal}))
                 draft.replace(path)
             else:
                 path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from pathlib import Path
@@ -486,6 +487,24 @@ async def test_auto_lends_what_is_available_beyond_the_headroom(served: Served, 
         memory = served.broker.tables.donors["d"].memory
         assert donor.ready["offered"] == memory.offered
         assert 0 < memory.offered <= memory.available
+
+
+async def test_auto_lends_as_much_as_before_when_it_starts_anew_while_a_job_uses_its_memory(
+    served: Served, folder: Path
+) -> None:
+    async with donor_process(served, folder) as donor, client(served.port, tenant=auth.OPERATOR) as operator:
+        await operator.ask(taken_back(100 * MIB, 1.0), messages.Reclaimed)
+        await donor.kill()
+        donor._given |= {"memory": "auto", "headroom": "1GiB"}
+        saved = json.loads((donor.home / "reserved.json").read_text())
+        assert saved["nominal"] == 256 * MIB
+        # As if a job used so much that without it nothing could be lent.
+        saved |= {"nominal": 1 << 50, "reserved": {"job 1": 1 << 49}}
+        (donor.home / "reserved.json").write_text(json.dumps(saved))
+        await donor.start()
+        (info,) = (await operator.status()).donors
+        assert info.memory.offered > 0
+        assert (await operator.ask(JOB_ENDED, messages.Lent)).size == 1 << 49
 
 
 @pytest.mark.slow

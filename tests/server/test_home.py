@@ -28,21 +28,22 @@ def test_what_is_set_aside_is_kept_for_the_next_agent_and_a_folder_that_takes_no
 ) -> None:
     home = Home(tmp_path / "run/d")
     home.enter()
-    home.save_reserved({"job 17": 5})
-    assert Home(tmp_path / "run/d").reserved() == {"job 17": 5}
+    home.save_reserved({"job 17": 5}, 9)
+    assert (Home(tmp_path / "run/d").reserved(), home.nominal()) == ({"job 17": 5}, 9)
     home.leave()
     home.enter()
     assert home.reserved() == {"job 17": 5}
     home.folder.rename(tmp_path / "elsewhere")
-    home.save_reserved({"job 17": 6})
+    home.save_reserved({"job 17": 6}, 9)
     assert "the next agent of this donor lends it again" in caplog.text
 
 
 def test_nothing_is_left_when_nothing_is_set_aside_any_more(tmp_path: Path) -> None:
     home = Home(tmp_path / "run/d")
     home.enter()
-    home.save_reserved({"job 17": 5})
-    home.save_reserved({})
+    home.save_reserved({"job 17": 5}, 9)
+    home.save_reserved({}, 9)
+    assert home.nominal() == 0
     home.leave()
     assert not (tmp_path / "run").exists()
 
