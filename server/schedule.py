@@ -10,8 +10,8 @@ from memfaas.server.victims import Holding, Rank, choose, rank
 
 BEGIN_S = 0.02
 """From the decision to evict until the kernel begins to free."""
-LEASE_S = 0.001
-"""What each lease costs beside its pages: its memory is mapped, marked and cut off, in a thread."""
+LEASE_S = 0.003
+"""What each lease costs beside its pages, on a busy node: its memory is mapped, marked and cut off, in a thread."""
 
 
 class Schedule:
