@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def folder(own_world: Path) -> Iterator[Path]:
     folder.mkdir(mode=0o700)
     yield folder
     (folder / "secret").unlink(missing_ok=True)
-    folder.rmdir()  # nothing else may be left
+    left = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    shutil.rmtree(folder)  # also for the tests that follow
+    assert left == []
 
 
 @pytest.fixture

@@ -463,8 +463,10 @@ async def test_what_is_taken_back_for_a_job_is_not_lent_by_the_next_agent(
             await local_agent.ask(donor.home, taken_back(200 * MIB, 1.0), messages.Reclaimed, LIMIT_S)
             await donor.stop()
         await donor.start()
-        (info,) = (await operator.status()).donors
-        assert (info.memory.offered, info.reclaimed) == (56 * MIB, {"job 1": 200 * MIB})
+        with trio.fail_after(LIMIT_S):
+            while not (donors := (await operator.status()).donors)[0].reclaimed:
+                await trio.sleep(0.01)  # its first report comes after it has registered
+        assert (donors[0].memory.offered, donors[0].reclaimed) == (56 * MIB, {"job 1": 200 * MIB})
         await operator.ask(JOB_ENDED, messages.Lent)
         await donor.stop()
         await donor.start()

@@ -251,7 +251,7 @@ class MovesMachine(RuleBasedStateMachine):
             for lease, epoch in epochs.items():
                 known = self.tables.leases.get(lease)
                 if known is None or known.spec.epoch < epoch:  # the broker never saw it, perhaps in this life
-                    self.forget_what_is_out_of_date()
+                    self.forget_what_is_out_of_date(told=True)  # it does not end with the broker here
 
     def granting_fails(self, condition: Callable[[Lease], bool]) -> None:
         """The broker sees the connection break, and gives up what it had asked for over it."""
@@ -273,7 +273,7 @@ class MovesMachine(RuleBasedStateMachine):
     def open_sessions_again(self) -> None:
         self.tables.open_session(self.session, "t", [], sorted(self.regions))
 
-    def forget_what_is_out_of_date(self) -> None:
+    def forget_what_is_out_of_date(self, *, told: bool = False) -> None:
         """What is not promised, as it takes three failures at once: that of a copy which was overtaken while
         its donor was cut off, a broker that has restarted since knows that it was, before it sees the newer
         one, or when that one is no more."""
@@ -282,7 +282,10 @@ class MovesMachine(RuleBasedStateMachine):
                 newest = max(self.effective(lease, other) for other in self.world.donors.values())
                 overtaken = self.effective(lease, donor) < newest
                 if (overtaken and copy.served) or (copy.value != self.written[lease] and not self.is_kept(lease)):
-                    donor.free(lease)
+                    if told and donor.connected:
+                        self.world.evict(donor.name, lease)
+                    else:
+                        donor.free(lease)
 
     def is_kept(self, lease: bytes) -> bool:
         """Whether what was last written to it is still there."""
