@@ -459,8 +459,8 @@ class Register(Message, frozen=True, kw_only=True):
     host: str
     memory: Memory
     held: list[HeldLease]
-    arriving: list[bytes] | None = None
-    """Leases that it still waits for, or receives; None: all that it was told to."""
+    arriving: list[bytes] = []
+    """Leases that it still waits for, or receives."""
     spill: bool = False
     """It lends a file in local scratch: chosen last, left first."""
 

@@ -58,6 +58,8 @@ class Book:
         """Who leases how much where."""
         self._complete_at = clock() + DONOR_GRACE_S
         """From then on, what no donor has shown does not exist."""
+        self._expected: dict[str, set[bytes]] = {}
+        """By donor that is not known: leases that are said to have moved there."""
         self._ended: set[bytes] = set()
         """Until then: leases of which we know that they are over, because we have ended them."""
 

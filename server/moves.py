@@ -76,6 +76,17 @@ class Moves(Book):
         lease.moving = Move(target, self._next_epoch(lease), patience, self._clock() + patience, ready=True)
         if donor is not None:
             donor.arriving.add(lease.spec.lease)
+        else:
+            self._expected.setdefault(target, set()).add(lease.spec.lease)
+
+    def _expected_at(self, donor: str) -> set[bytes]:
+        """What others have said of a donor that was not known: that it has these leases."""
+        found = set()
+        for identity in self._expected.pop(donor, set()):
+            lease = self.leases.get(identity)
+            if lease is not None and lease.moving is not None and lease.moving.donor == donor:
+                found.add(identity)
+        return found
 
     def _end_copy(self, lease: Lease, reason: str) -> Outcome:
         """What is on its way, if anything is, will never be whole: its target need not wait for it."""

@@ -36,15 +36,16 @@ class Registry(Moves):
         memory: Memory,
         held: list[HeldLease],
         spill: bool = False,
-        arriving: Iterable[bytes] | None = None,
+        arriving: Iterable[bytes] = (),
     ) -> Outcome:
         """A donor connects and says what it holds. `Outcome.free` has what it must drop.
 
-        `arriving`: what it still waits for (None: all that it was told to).
+        `arriving`: what it still waits for.
         """
         donor = self.donors.get(name)
         if donor is None:
             donor = self.donors[name] = Donor(name, node, host, memory)
+            donor.arriving = self._expected_at(name)
         donor.node, donor.host, donor.memory, donor.spill = node, host, memory, spill
         donor.connected, donor.lost_at = True, math.inf
         self.accounts.donor_offers(name, memory.offered)
@@ -59,7 +60,7 @@ class Registry(Moves):
         for identity in list(donor.arriving):
             lease = self.leases[identity]
             move = lease.moving
-            if arriving is not None and identity not in arriving:
+            if identity not in arriving:
                 outcome += self._end_move_in_vain(lease, f"donor {name} no longer waits for it")
             elif move is not None:
                 move.until = self._clock() + move.timeout + MOVE_MARGIN_S

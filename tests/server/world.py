@@ -156,7 +156,7 @@ class World:
         donor.connected = True
         donor.unsaid.clear()
         held = [copy.shown for copy in donor.held.values()]
-        outcome = self.tables.register(name, name, name, donor.memory(), held, donor.spill)
+        outcome = self.tables.register(name, name, name, donor.memory(), held, donor.spill, list(donor.incoming))
         for one in [one for one in outcome.free if one.donor == name]:  # what `Registered.drop` carries
             outcome.free.remove(one)
             self.carry_out(Outcome(free=[one]))
