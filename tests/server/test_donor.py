@@ -464,7 +464,7 @@ async def test_what_is_taken_back_for_a_job_is_not_lent_by_the_next_agent(
             await donor.stop()
         await donor.start()
         with trio.fail_after(LIMIT_S):
-            while not (donors := (await operator.status()).donors)[0].reclaimed:
+            while not (donors := (await operator.status()).donors)[0].reclaimed:  # noqa: ASYNC110  # told by another process
                 await trio.sleep(0.01)  # its first report comes after it has registered
         assert (donors[0].memory.offered, donors[0].reclaimed) == (56 * MIB, {"job 1": 200 * MIB})
         await operator.ask(JOB_ENDED, messages.Lent)
