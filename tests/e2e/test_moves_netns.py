@@ -232,7 +232,7 @@ def test_a_link_that_is_cut_costs_what_was_on_the_node_at_the_deadline(cable: tu
             store.get(kept.keys[0])
         near.set_link("up")
         until(lambda: spread.functions() == [])  # half a copy is of use to nobody
-        assert user.stores() == []  # it had no other shard
+        assert [store.lost_shards for store in user.stores()] == [[0]]  # it had no other
 
 
 def test_a_donor_that_is_cut_off_from_the_broker_frees_its_memory_by_itself(
@@ -256,5 +256,5 @@ def test_a_donor_that_is_cut_off_from_the_broker_frees_its_memory_by_itself(
                 until(lambda: backed() == 0)
                 far.set_link("up")
         until(lambda: spread.functions() == [])
-        until(lambda: user.stores() == [])
+        until(lambda: [store.lost_shards for store in user.stores()] == [[0]])
         assert kept.missing(store) == kept.keys

@@ -162,7 +162,7 @@ def test_without_another_donor_memory_goes_at_the_deadline_and_what_is_lost_is_n
         with pytest.raises(LeaseLost):
             region.read(0, 1)
         assert moves.functions_of(one) == []
-        assert user.stores() == []  # it was all of it
+        assert [store.lost_shards for store in user.stores()] == [[0]]  # it was all of it
         moves.check_quiet(one, session)
 
 
