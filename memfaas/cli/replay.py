@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import random
-import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from memfaas.messages import (
     Reclaimed,
     StoreOpened,
 )
+from memfaas.server import process
 from memfaas.server.simulation.cluster import Client, Cluster, Speeds
 from memfaas.server.simulation.donor import Node, Rules, SimulatedDonor
 from memfaas.units import GIB
@@ -71,20 +71,15 @@ def replay(timeline: Timeline, policy: Policy, idle_free: float, seed: int = 1) 
 
 async def _run(timeline: Timeline, policy: Policy, idle_free: float, seed: int) -> Outcome:
     """A signal ends all tasks at once: raised in the midst of them, each would tell of it."""
-    outcome: Outcome | None = None
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
+    outcomes: list[Outcome] = []
 
-            async def stop() -> None:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
+    async def run() -> None:
+        outcomes.append(await _Replay(timeline, policy, idle_free, seed).run())
 
-            nursery.start_soon(stop)
-            outcome = await _Replay(timeline, policy, idle_free, seed).run()
-            nursery.cancel_scope.cancel()
-    if outcome is None:
+    await process.until_signal(run)
+    if not outcomes:
         raise KeyboardInterrupt
-    return outcome
+    return outcomes[0]
 
 
 @dataclass

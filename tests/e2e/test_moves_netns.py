@@ -122,20 +122,16 @@ def scene(near: Node, far: Node, folder: Path, size: int = STORE) -> Iterator[tu
         spread.stop()
 
 
-def shape(node: Node, *discipline: str) -> None:
-    """How the node's device sends from now on."""
+def slow_down(node: Node) -> None:
+    """What its device sends: to about 12 MB/s, so that a copy takes some seconds."""
+    shape = ["tc", "qdisc", "replace", "dev", node.device, "root", "tbf"]
     with node.entered():
         done = subprocess.run(
-            ["tc", "qdisc", "replace", "dev", node.device, "root", *discipline],
+            [*shape, "rate", "100mbit", "burst", "256k", "latency", "200ms"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:
-        pytest.skip(f"this kernel cannot shape a link by {discipline[0]}: {done.stderr.strip()}")
-
-
-def slow_down(node: Node) -> None:
-    """To about 12 MB/s, so that a copy takes some seconds."""
-    shape(node, "tbf", "rate", "100mbit", "burst", "256k", "latency", "200ms")
+        pytest.skip(f"this kernel cannot slow a link down by tbf: {done.stderr.strip()}")
 
 
 def test_a_slow_link_only_takes_its_time(cable: tuple[Node, Node], folder: Path, tmp_path: Path) -> None:

@@ -61,6 +61,6 @@ def shared_site(own_world: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def site(shared_site: Site) -> Iterator[Site]:
-    """After each test, no job runs, no node is drained, and all memory is lent again."""
+    """After each test, no job runs, no node is drained, no store is left, and all memory is lent again."""
     yield shared_site
     shared_site.wait_calm()

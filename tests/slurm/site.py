@@ -74,6 +74,9 @@ class Site:
             )
 
         wait_for(all_lent, "all donors lend again all that they lent", _LONG_S, self.explain)
+        with self.session("operator") as operator:
+            # What a broker that is started anew hears of is kept for a while, for sessions that may come back.
+            wait_for(lambda: not operator.status().stores, "no store is left", _LONG_S, self.explain)
 
     # --- hooks ------------------------------------------------------------------------------------
 
