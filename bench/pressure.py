@@ -20,6 +20,7 @@ from typing import TypeVar
 import memfaas
 from memfaas.bench import procfs
 from memfaas.errors import MemfaasError
+from memfaas.node import mem_available
 from memfaas.units import MIB, format_size
 
 SECONDS = 60.0
@@ -116,7 +117,7 @@ def _take() -> float:
             program.stdin.write(b"%d\n" % (_NEAR + _MISSING))
             program.stdin.flush()
             deadline = time.monotonic() + _PATIENCE_S
-            _wait(lambda: _available() < donor.headroom, deadline)
+            _wait(lambda: mem_available() < donor.headroom, deadline)
             begin = time.monotonic()
             if _backed(donor.lent) < before:
                 raise Disturbed("the donor had to give memory back before")
@@ -131,11 +132,6 @@ def _wait(met: Callable[[], bool], deadline: float) -> None:
         if time.monotonic() > deadline:
             raise Disturbed("the program took memory, and the donor did not give it back")
         time.sleep(_LOOK_S)
-
-
-def _available() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _backed(descriptor: int) -> int:
@@ -159,9 +155,9 @@ def _donor() -> Iterator[_Donor]:
     mark = secrets.token_hex(8)
     os.environ[_MARK] = mark
     try:
-        headroom = _available() - LENT - _NEAR
+        headroom = mem_available() - LENT - _NEAR
         if headroom <= 0:
-            raise Disturbed(f"only {format_size(_available())} are available")
+            raise Disturbed(f"only {format_size(mem_available())} are available")
         with (
             memfaas.LocalCluster(memory=LENT + _INDEX, headroom=headroom) as cluster,
             memfaas.connect(cluster.address, timeout=_PATIENCE_S, tenant="operator") as session,

@@ -1,4 +1,4 @@
-"""What this node's kernel gives to lent memory: one answer for the donor, the doctor and the benchmarks."""
+"""What this node's kernel says of memory and gives to it: one answer for the donor, the doctor and the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ _GIVE = {"always", "within_size", "advise", "force"}
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smb3", "ceph", "lustre", "beegfs", "gpfs", "9p", "afs", "fuse.sshfs")
 """Where a spill donor keeps nothing: what is there takes memory, or goes over the network."""
+
+
+def mem_available(proc: Path = Path("/proc")) -> int:
+    """Bytes that the kernel could give to programs without swapping, as it reckons."""
+    for line in (proc / "meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{proc}/meminfo has no MemAvailable")  # kernels before 3.14
 
 
 def huge_page_choice(folder: Path = HUGE_PAGES) -> str | None:

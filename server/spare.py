@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from memfaas import cgroups
+from memfaas import cgroups, node
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -23,23 +23,12 @@ def available(
         space = os.statvfs(backing)
         return space.f_bavail * space.f_frsize
     found = cgroups.groups(proc) if groups is None else groups
-    return min([_mem_available(proc), *(group.available() for group in found)])
-
-
-def _mem_available(proc: Path) -> int:
-    """MemAvailable, and the free pages that it leaves out.
-
-    Those are in lists of each processor, up to half a GiB in each. Memory that was just given back
-    lies there for seconds.
-    """
-    for line in (proc / "meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024 + _in_processor_lists(proc)
-    raise RuntimeError(f"{proc}/meminfo has no MemAvailable")  # kernels before 3.14
+    # Free pages that MemAvailable leaves out count, too.
+    return min([node.mem_available(proc) + _in_processor_lists(proc), *(group.available() for group in found)])
 
 
 def _in_processor_lists(proc: Path) -> int:
+    """Up to half a GiB for each processor. Memory that was just given back lies there for seconds."""
     try:
         lines = (proc / "zoneinfo").read_text().splitlines()
     except OSError:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
-from pathlib import Path
 
 from memfaas.bench.reclaim import lent, limits, ways
 from memfaas.bench.reclaim.bars import judge
@@ -18,6 +17,7 @@ from memfaas.bench.reclaim.raw import Raw, WrongPagesError
 from memfaas.bench.reclaim.result import First, Kind, ReclaimResult, Row
 from memfaas.bench.result import this_machine
 from memfaas.errors import MemfaasError
+from memfaas.node import mem_available
 from memfaas.units import GIB, MIB, format_size
 
 SIZES = (256 * MIB, GIB, 4 * GIB)
@@ -126,10 +126,10 @@ def measure_reclaim(
     """Measure all ways side by side, and how fast first leases are served. Verdicts are in the result."""
     machine, started, begin = this_machine(), datetime.now(), time.monotonic()
     seed = random.SystemRandom().randrange(1 << 32)
-    run = Run(chosen, sorted(sizes), available(), random.Random(seed))
+    run = Run(chosen, sorted(sizes), mem_available(), random.Random(seed))
     with turns() as choose:
         report(0.0, "touching the memory")
-        _touch(min(2 * run.most, max(0, available() - _MARGIN)))
+        _touch(min(2 * run.most, max(0, mem_available() - _MARGIN)))
         run.run(rounds, choose, report)
     first = [
         _first(ways.FROM_POOL, lent.first_from_pool, firsts, report),
@@ -154,7 +154,7 @@ def _first(what: str, measure: Callable[[], float], count: int, report: Report) 
         for _ in range(count):
             report(1.0, what)
             first.seconds.append(measure())
-    except MemfaasError as error:
+    except (MemfaasError, lent.NotSo, OSError) as error:  # what was measured before must not be lost
         first.skipped = str(error)
     return first
 
@@ -165,11 +165,3 @@ def _touch(size: int) -> None:
         memory = Raw(size // MIB * MIB, "4 KiB", shared=False)
         memory.populate()
         memory.close()
-
-
-def available() -> int:
-    """Bytes that programs could have now."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

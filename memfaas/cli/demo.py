@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +23,8 @@ from memfaas.cli.status import donor_table, lease_table
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
 from memfaas.errors import CapacityError, DeadlineExceeded, MemfaasError, ValueCorrupt
-from memfaas.units import GIB, MIB, format_duration, format_size
+from memfaas.node import mem_available
+from memfaas.units import MIB, format_duration, format_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,8 +86,7 @@ def demo() -> None:
 
 def _data_size() -> int:
     """A few hundred MiB, or less where little is available: the demo takes up to four times as much."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    available = int(match[1]) * 1024 if match else GIB
+    available = mem_available()
     if available < 10 * _LEAST:
         raise CapacityError(f"only {format_size(available)} are available; the demo needs {format_size(10 * _LEAST)}")
     return max(_LEAST, min(_MOST, available // 10 // MIB * MIB))
