@@ -23,7 +23,7 @@ def test_what_was_disturbed_is_measured_again() -> None:
 
 
 def test_a_node_that_is_never_calm_is_named_and_no_figure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pressure, "_available", lambda: 100 * MIB)
+    monkeypatch.setattr(pressure, "mem_available", lambda: 100 * MIB)
     result = click.testing.CliRunner().invoke(main, ["bench", "pressure", "--seconds", "1ms"])
     assert result.exit_code == 1
     assert "only 100 MiB are available" in result.output
