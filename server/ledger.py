@@ -145,17 +145,22 @@ class Ledger:
     # --- debts ------------------------------------------------------------------------------------
 
     def borrow(self, holder: str, size: int, deadline_s: float) -> Debt:
-        """Lowers the offer; what nobody had leased of it is paid at once. Raises UsageError."""
+        """Lowers the offer; what nobody had leased of it is paid at once.
+
+        What leases take beyond the offer already, though nobody sees to it, is owed from now on, too: an agent
+        that was killed in the middle of a reclaim leaves that behind. Raises UsageError.
+        """
         if size < 0:
             raise UsageError(f"cannot take back {size} bytes")
         if not 0 <= deadline_s < float("inf"):
             raise UsageError(f"cannot take memory back within {deadline_s} seconds")
         self.settle()
         before = self.offered
+        neglected = max(0, self.used - before) - sum(one.left for one in self.debts)
         if size > 0:
             self.asked[holder] = self.asked.get(holder, 0) + size
-        taken = before - self.offered
-        debt = Debt(holder=holder, asked=taken, left=taken, started=trio.current_time(), deadline_s=deadline_s)
+        owed = before - self.offered + max(0, neglected)
+        debt = Debt(holder=holder, asked=owed, left=owed, started=trio.current_time(), deadline_s=deadline_s)
         self.debts.append(debt)
         self.debts.sort(key=lambda one: one.deadline)
         self.settle()

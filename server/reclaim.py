@@ -109,8 +109,9 @@ class Reclaimer:
         More than is offered is taken as all of it, also of what others have taken back, in case they lend it
         first. Returns when it is over; a cancelled caller does not stop it. `in_all`: `size` is what the holder
         needs in all; what it took back before counts. Reclaims that are under way for it, or for others who need
-        the same, are waited for. `asked` in the answer is what the donor lends less for it, without what the holder
-        lent again meanwhile; `freed` may be more, for leases leave whole. Raises UsageError.
+        the same, are waited for. `asked` in the answer is what the donor lends less for it, and what an earlier agent
+        left undone, without what the holder lent again meanwhile; `freed` may be more, for leases leave whole.
+        Raises UsageError.
         """
         others = list(self._ledger.debts)
         more = max(0, size - self._ledger.asked.get(holder, 0)) if in_all else size

@@ -191,6 +191,19 @@ async def test_a_lease_that_ends_by_itself_is_waited_for(
     assert node.taken == 500 * MIB
 
 
+@pytest.mark.parametrize("holder", ["job 17", "job 18"])
+async def test_what_an_earlier_agent_left_undone_is_done_by_the_next_reclaim(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock, holder: str
+) -> None:
+    node.lend(600 * MIB)
+    reclaimer.restore({"job 17": 1000 * MIB})
+    assert reclaimer.offered == 0
+    result = await reclaimer.reclaim(1000 * MIB, 10.0, holder, in_all=True)
+    assert steps(result) == [("migrated", 600)]
+    assert (result.asked, result.in_time) == (600 * MIB, True)
+    assert node.leases[0].bytes == 0
+
+
 # --- moves ------------------------------------------------------------------------------------------
 
 
