@@ -373,7 +373,7 @@ class Broker:
 
         async def grant(lease: Lease, donor: str) -> None:
             try:
-                granted = await self.ask(donor, Grant(spec=lease.spec), Granted, GRANT_TIMEOUT_S)
+                granted = await self.ask(donor, Grant(spec=lease.spec), Granted, GRANT_TIMEOUT_S, withdraw=True)
             except MemfaasError as error:
                 logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], donor, error)
                 failures.append(error)

@@ -89,6 +89,7 @@ class Agent:
         self._home = Home(settings.home)
         self._pool = Pool(settings.warm)
         self._custodies: dict[bytes, Custody] = {}
+        self._granting: dict[bytes, trio.Event] = {}
         self._reclaimer = Reclaimer(
             settings.name,
             lambda: list(self._custodies.values()),
@@ -248,6 +249,22 @@ class Agent:
         self._custodies[spec.lease] = custody
         return custody
 
+    async def _begin_grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
+        """See `_grant`. What frees the lease while this goes on waits for its end."""
+        await self._line.caught_up()  # whoever asked may have given up while this process stood still
+        if spec.lease in self._granting:
+            raise UsageError(f"lease {spec.lease.hex()[:8]} is being granted already")
+        self._granting[spec.lease] = over = trio.Event()
+
+        async def grant() -> Granted:
+            try:
+                return await self._grant(spec, incoming)
+            finally:
+                del self._granting[spec.lease]
+                over.set()
+
+        return await process.detached(self._nursery, grant)
+
     async def _grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
         """Makes memory for a lease, and has it served; `incoming`: once another donor has sent it, in that time."""
         await self._check(spec)
@@ -287,6 +304,8 @@ class Agent:
             raise
 
     async def _free(self, lease: bytes, reason: str) -> Freed:
+        if lease in self._granting:  # whoever asked for it has given up
+            await self._granting[lease].wait()
         custody = self._custodies.get(lease)
         if custody is not None:
             await self._drop(custody, reason)
@@ -470,9 +489,9 @@ class Agent:
     async def on_request(self, message: Message) -> Message:
         match message:
             case Grant():
-                return await process.detached(self._nursery, lambda: self._grant(message.spec))
+                return await self._begin_grant(message.spec)
             case Receive():
-                return await process.detached(self._nursery, lambda: self._grant(message.spec, message.timeout))
+                return await self._begin_grant(message.spec, message.timeout)
             case Free():
                 return await process.detached(self._nursery, lambda: self._free(message.lease, message.reason))
             case Reclaim():

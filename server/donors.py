@@ -107,9 +107,8 @@ class DonorPeer:
             try:
                 # One that hangs costs a third of the time that is left, so that there is some for others.
                 request = Receive(spec=spec, timeout=left + _COPY_MARGIN_S)
-                granted = await self._broker.ask(
-                    target, request, Granted, min(_RECEIVE_S, left / 3 if others else left)
-                )
+                patience = min(_RECEIVE_S, left / 3 if others else left)
+                granted = await self._broker.ask(target, request, Granted, patience, withdraw=True)
             except MemfaasError as error:
                 logger.warning("lease %s: cannot move to donor %s: %s", message.lease.hex()[:8], target, error)
                 excluded.add(target)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from memfaas import _native, auth, fabric, local_agent, messages
-from memfaas.errors import CapacityError, LeaseLost, UsageError
+from memfaas.errors import CapacityError, DeadlineExceeded, LeaseLost, UsageError
 from memfaas.server import pressure
 from memfaas.server.records import Room
 from memfaas.server.tables import Tables
@@ -429,6 +430,35 @@ async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served
             donor.process.send_signal(signal.SIGCONT)
         assert (await operator.ask(reclaim(MIB), messages.Reclaimed)).held == MIB
         await operator.ask(JOB_ENDED, messages.Lent)
+
+
+async def test_a_lease_that_is_freed_while_it_is_granted_is_gone(served: Served, folder: Path) -> None:
+    spec = messages.LeaseSpec(lease=b"L" * 16, tenant="ann", kind="region", size=MIB, epoch=1)
+    async with donor_process(served, folder) as donor, trio.open_nursery() as nursery:
+        channel = served.broker._donors["d"]
+        nursery.start_soon(channel.request, messages.Grant(spec=spec), messages.Granted, LIMIT_S)
+        await trio.testing.wait_all_tasks_blocked()
+        freed = await channel.request(messages.Free(lease=spec.lease, reason="no"), messages.Freed, LIMIT_S)
+        assert freed.memory.leased == 0
+        assert sorted(path.name for path in donor.home.iterdir()) == ["agent.sock", "lock"]
+
+
+@pytest.mark.parametrize("ask", ["grant", "receive"])
+async def test_a_lease_that_its_asker_gave_up_is_not_granted_later(served: Served, folder: Path, ask: str) -> None:
+    spec = messages.LeaseSpec(lease=b"L" * 16, tenant="ann", kind="region", size=MIB, epoch=1)
+    request = messages.Grant(spec=spec) if ask == "grant" else messages.Receive(spec=spec, timeout=60)
+    async with donor_process(served, folder) as donor:
+        assert donor.process is not None
+        channel = served.broker._donors["d"]
+        donor.process.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(DeadlineExceeded):
+                await served.broker.ask("d", request, messages.Granted, 0.1, withdraw=True)
+        finally:
+            donor.process.send_signal(signal.SIGCONT)
+        freed = await channel.request(messages.Free(lease=b"?" * 16, reason="no"), messages.Freed, LIMIT_S)
+        assert freed.memory.leased == 0
+        assert sorted(path.name for path in donor.home.iterdir()) == ["agent.sock", "lock"]
 
 
 async def test_the_broker_counts_what_programs_of_the_node_took_back(served: Served, folder: Path) -> None:
