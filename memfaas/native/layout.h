@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define MF_MAGIC 0x3173616166656d6dULL
-#define MF_FORMAT 1u
+#define MF_FORMAT 2u
 #define MF_PAGE 4096u
 #define MF_HUGE_PAGE (2u << 20)
 #define MF_SPAN (256u << 10)
@@ -60,7 +60,7 @@ struct mf_header {
     uint64_t part_size;
 };
 
-/* Slot: fingerprint 16 | space 1 | class of the head block 7 | offset in grains 40. 0 is empty. */
+/* What an index is made of; see index.h. */
 typedef _Atomic uint64_t mf_slot;
 
 /* A head block, followed by key, meta, and then the value itself (chunks == 0), or, 8-byte aligned,
@@ -76,8 +76,8 @@ struct mf_block {
     uint8_t space;
     uint32_t chunks;
     uint32_t class_;
-    uint64_t reserved;
-    uint64_t header_sum; /* of the 56 bytes before */
+    uint64_t header_sum; /* of the 48 bytes before */
+    uint64_t linked;     /* the version while the block's slot leads here, else something else (shard.c) */
 };
 _Static_assert(sizeof(struct mf_block) == 64, "block header");
 
@@ -146,6 +146,8 @@ struct mf_control_head {
 struct mf_control {
     struct mf_control_head head;
     _Atomic uint32_t state __attribute__((aligned(64)));
+    _Atomic uint32_t registered; /* a network device may reach DATA, so truncating it frees nothing */
+    _Atomic uint32_t atomics;    /* enum mf_atomics */
     _Atomic uint64_t epoch __attribute__((aligned(64)));
     _Atomic uint32_t pin_top; /* no pin at or above this index was ever used */
     uint32_t pad;

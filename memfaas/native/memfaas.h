@@ -19,6 +19,8 @@ enum mf_status {
     MF_TIMEOUT,
     MF_WAIT,            /* an impatient operation would have to wait */
     MF_BAD,             /* arguments, or a frame, that break the rules */
+    MF_CHANGED,         /* while it was read: read it again */
+    MF_NOT_HERE,        /* atomics of a region that another side has (region.c) */
     MF_NEED_CONNECTION, /* the rest: the link can't, mend it and try again */
     MF_BROKEN,
     MF_REVOKED,
@@ -173,6 +175,7 @@ struct mf_replaced {
 
 /* A get pins until mf_op_end; op->meta and op->piece then point into the shard. */
 int mf_get(struct mf_op *op, const void *key, uint32_t key_len);
+bool mf_open_block(struct mf_op *op, const struct mf_block *block, uint64_t room); /* fills op, as a get does */
 /* Copies the value (and meta, if asked) out, then checks it: MF_CORRUPT. */
 int mf_get_copy(struct mf_op *op, void *into, void *meta);
 
@@ -208,6 +211,10 @@ int mf_region_read(struct mf_op *op, uint64_t offset, void *into, uint64_t lengt
 int mf_region_write(struct mf_op *op, uint64_t offset, const void *data, uint64_t length);
 int mf_region_swap(struct mf_op *op, uint64_t offset, uint64_t expected, uint64_t new_, uint64_t *before);
 int mf_region_add(struct mf_op *op, uint64_t offset, uint64_t amount, uint64_t *before);
+/* MF_OK: the side has the atomics of the region. */
+enum mf_atomics { MF_ATOMICS_NOBODY, MF_ATOMICS_CPU, MF_ATOMICS_DEVICE };
+int mf_region_claim(struct mf_memory *memory, enum mf_atomics side);
+bool mf_region_release(struct mf_memory *memory); /* by the device, if it has them */
 
 /* writers.c: which operations of a connection took effect. One thread at a time works for a writer. */
 struct mf_writer *mf_writer_open(struct mf_memory *memory, uint64_t id, const bool *in_use);

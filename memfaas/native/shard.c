@@ -7,6 +7,7 @@
  * group, so an empty slot is claimed by compare-and-swap; a full one only changes under its key's lock. */
 #include <string.h>
 
+#include "index.h"
 #include "memfaas.h"
 
 #define ALIGN8(n) (((n) + 7) & ~7ull)
@@ -14,57 +15,35 @@
 /* --- finding ------------------------------------------------------------------------------------- */
 
 static mf_slot *group_at(struct mf_memory *memory, uint64_t group) {
-    return (mf_slot *)(memory->data + MF_PAGE) + group * MF_GROUP;
+    return (mf_slot *)(memory->data + mf_group_offset(group));
 }
 
-static uint64_t home_group(struct mf_memory *memory, uint64_t hash) {
-    return (uint64_t)((unsigned __int128)hash * memory->at.groups >> 64);
-}
-
-static uint64_t other_group(struct mf_memory *memory, uint64_t hash) {
-    uint64_t mixed = (hash ^ 0x9e3779b97f4a7c15ull) * 0xd6e8feb86659fd93ull;
-    uint64_t group = (uint64_t)((unsigned __int128)mixed * memory->at.groups >> 64);
-    return group != home_group(memory, hash) ? group : (group + 1) % memory->at.groups;
-}
-
-static uint64_t slot_of(uint64_t hash, unsigned space, unsigned class_, uint64_t offset) {
-    return (hash & 0xffff) << 48 | (uint64_t)space << 47 | (uint64_t)class_ << 40 | offset / MF_GRAIN;
-}
-
-static uint64_t slot_offset(uint64_t slot) { return (slot & 0xffffffffffull) * MF_GRAIN; }
-static unsigned slot_space(uint64_t slot) { return slot >> 47 & 1; }
 static uint32_t stripe_of(uint64_t hash) { return (hash >> 16) % MF_STRIPES; }
-
-static bool in_heap(struct mf_memory *memory, uint64_t offset, uint64_t length) {
-    uint64_t end = memory->at.heap + memory->at.spans * MF_SPAN;
-    return offset >= memory->at.heap && length <= end && offset <= end - length;
-}
 
 /* The block's header as it is in the heap, or NULL for an offset that makes no sense: the reaper's come
  * from the control memory, and may be any number. */
 static const struct mf_block *block_at(struct mf_memory *memory, uint64_t offset) {
-    bool sense = offset % MF_GRAIN == 0 && in_heap(memory, offset, sizeof(struct mf_block));
+    bool sense = offset % MF_GRAIN == 0 && mf_in_heap(&memory->at, offset, sizeof(struct mf_block));
     return sense ? (const struct mf_block *)(memory->data + offset) : NULL;
 }
 
 static const struct mf_block *matches(struct mf_op *op, uint64_t slot, const void *key, uint32_t key_len) {
     struct mf_memory *memory = op->memory;
-    uint64_t offset = slot_offset(slot);
+    uint64_t offset = mf_slot_offset(slot);
     const struct mf_block *block = block_at(memory, offset);
     if (block && block->hash == op->hash && block->key_len == key_len && block->space == op->space &&
-        in_heap(memory, offset, sizeof *block + key_len) && memcmp(block + 1, key, key_len) == 0)
+        mf_in_heap(&memory->at, offset, sizeof *block + key_len) && memcmp(block + 1, key, key_len) == 0)
         return block;
     return NULL;
 }
 
 static mf_slot *find(struct mf_op *op, const void *key, uint32_t key_len, uint64_t *slot, const struct mf_block **block) {
     struct mf_memory *memory = op->memory;
-    uint64_t mark = slot_of(op->hash, op->space, 0, 0) >> 47;
-    mf_slot *group = group_at(memory, home_group(memory, op->hash));
-    for (int turn = 0; turn < 2; turn++, group = group_at(memory, other_group(memory, op->hash)))
+    mf_slot *group = group_at(memory, mf_home_group(&memory->at, op->hash));
+    for (int turn = 0; turn < 2; turn++, group = group_at(memory, mf_other_group(&memory->at, op->hash)))
         for (unsigned i = 0; i < MF_GROUP; i++) {
             uint64_t value = atomic_load_explicit(&group[i], memory_order_acquire);
-            if (value && value >> 47 == mark && (*block = matches(op, value, key, key_len))) {
+            if (mf_slot_fits(value, op->hash, op->space) && (*block = matches(op, value, key, key_len))) {
                 *slot = value;
                 return &group[i];
             }
@@ -95,20 +74,19 @@ static uint64_t table_sum(const void *meta, size_t meta_len, const void *sums, s
     return mf_value_sum(meta, meta_len, sums, length);
 }
 
-/* Fills op from the block, believing nothing. */
-static bool open_block(struct mf_op *op, const struct mf_block *block) {
+/* Fills op from a block of which `room` bytes are here, believing nothing. */
+bool mf_open_block(struct mf_op *op, const struct mf_block *block, uint64_t room) {
     struct mf_memory *memory = op->memory;
     struct mf_block head;
-    memcpy(&head, block, sizeof head);
-    uint64_t at = (uint64_t)((const uint8_t *)block - memory->data) + sizeof head;
+    memcpy(&head, block, offsetof(struct mf_block, linked));
+    uint64_t at = sizeof head;
     if (head.header_sum != mf_hash(&head, offsetof(struct mf_block, header_sum), 0) || head.meta_len > MF_MAX_META ||
-        head.key_len > MF_MAX_KEY ||
-        !in_heap(memory, at, (uint64_t)head.key_len + head.meta_len))
+        head.key_len > MF_MAX_KEY || at + head.key_len + head.meta_len > room)
         return false;
     at += head.key_len;
     op->block = block;
     op->key_len = head.key_len;
-    op->meta = memory->data + at;
+    op->meta = (const uint8_t *)block + at;
     op->meta_len = head.meta_len;
     op->value_len = head.value_len;
     op->flags = head.flags;
@@ -118,28 +96,38 @@ static bool open_block(struct mf_op *op, const struct mf_block *block) {
     at += head.meta_len;
     if (head.chunks == 0) {
         op->pieces = 1;
-        op->piece[0] = (struct iovec){memory->data + at, head.value_len};
-        return in_heap(memory, at, head.value_len) && head.value_len <= MF_INLINE;
+        op->piece[0] = (struct iovec){(uint8_t *)block + at, head.value_len};
+        return head.value_len <= MF_INLINE && head.value_len <= room - at;
     }
     at = ALIGN8(at);
+    if (head.chunks > MF_MAX_CHUNKS || head.value_len > MF_MAX_PART)
+        return false;
     op->segments = mf_segments_of(head.value_len);
     size_t length = op->segments * sizeof *op->sums + head.chunks * sizeof(struct mf_chunk);
-    if (head.chunks > MF_MAX_CHUNKS || head.value_len > MF_MAX_PART || !in_heap(memory, at, length))
+    if (at + length > room)
         return false;
-    const uint8_t *table = memory->data + at;
+    const uint8_t *table = (const uint8_t *)block + at;
     memcpy(op->sums, table, op->segments * sizeof *op->sums);
     uint64_t total = 0;
     for (uint32_t i = 0; i < head.chunks; i++) {
         struct mf_chunk chunk;
         memcpy(&chunk, table + op->segments * sizeof *op->sums + i * sizeof chunk, sizeof chunk);
         bool last = i + 1 == head.chunks; /* segments do not cross chunks */
-        if (!in_heap(memory, chunk.offset, chunk.length) || (!last && chunk.length % MF_SEGMENT) || !chunk.length)
+        if (!mf_in_heap(&memory->at, chunk.offset, chunk.length) || (!last && chunk.length % MF_SEGMENT) ||
+            !chunk.length)
             return false;
         op->piece[i] = (struct iovec){memory->data + chunk.offset, chunk.length};
         total += chunk.length;
     }
     op->pieces = head.chunks;
     return total == head.value_len && head.checksum == table_sum(op->meta, op->meta_len, table, length);
+}
+
+/* The same for a block of the heap. */
+static bool open_block(struct mf_op *op, const struct mf_block *block) {
+    struct mf_memory *memory = op->memory;
+    uint64_t offset = (uint64_t)((const uint8_t *)block - memory->data);
+    return mf_open_block(op, block, memory->at.heap + memory->at.spans * MF_SPAN - offset);
 }
 
 /* --- get --------------------------------------------------------------------------------------------- */
@@ -304,8 +292,8 @@ static void note_slot(struct mf_memory *memory, const mf_slot *slot) {
 
 /* The slot for a new key: in the emptier of its groups, but at home while there is room to spare. */
 static mf_slot *claim_empty(struct mf_op *op, uint64_t value) {
-    mf_slot *groups[2] = {group_at(op->memory, home_group(op->memory, op->hash)),
-                          group_at(op->memory, other_group(op->memory, op->hash))};
+    mf_slot *groups[2] = {group_at(op->memory, mf_home_group(&op->memory->at, op->hash)),
+                          group_at(op->memory, mf_other_group(&op->memory->at, op->hash))};
     unsigned used[2] = {0, 0};
     for (int g = 0; g < 2; g++)
         for (unsigned i = 0; i < MF_GROUP; i++)
@@ -339,11 +327,20 @@ static void retire_block(struct mf_op *op, const struct mf_block *block, struct 
     mf_retire(memory, (uint64_t)((const uint8_t *)block - memory->data));
 }
 
+/* `linked` is for those who read a block one-sided (verbs_get.c), without a pin that would keep it what it was. It
+ * is the block's version only from after its slot was stored until before the slot is changed again, and no
+ * two blocks of a key have the same. So who reads a block with the two alike has read what the slot led to at that
+ * moment. (A writer that dies in between leaves them different: such a block is asked for over tcp.) */
+static void set_linked(const struct mf_block *block, uint64_t version) {
+    atomic_store_explicit((_Atomic uint64_t *)&block->linked, version, memory_order_release);
+}
+
 /* Under the stripe's lock: `retiring` tells the reaper what we are about to unlink. */
 static void unlink_from(struct mf_op *op, mf_slot *slot, uint64_t value, const struct mf_block *old,
                         struct mf_replaced *replaced) {
     _Atomic uint64_t *retiring = &op->memory->control->pins[op->pin].retiring;
     atomic_store(retiring, (uint64_t)((const uint8_t *)old - op->memory->data));
+    set_linked(old, 0);
     atomic_store(slot, value);
     note_slot(op->memory, slot);
     retire_block(op, old, replaced);
@@ -383,7 +380,7 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     head.version = atomic_fetch_add_explicit(&memory->control->stripes[op->stripe].version, 1, memory_order_relaxed) + 1;
     head.header_sum = mf_hash(&head, offsetof(struct mf_block, header_sum), 0);
     memcpy(at, &head, sizeof head);
-    uint64_t slot, value = slot_of(op->hash, op->space, op->head_class, op->head);
+    uint64_t slot, value = mf_slot_of(op->hash, op->space, op->head_class, op->head);
     const struct mf_block *old;
     mf_slot *where = find(op, key, op->key_len, &slot, &old);
     mf_writer_intend(op, op->head, false);
@@ -391,6 +388,8 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
         unlink_from(op, where, value, old, replaced);
     else if (!claim_empty(op, value))
         status = MF_FULL;
+    if (status == MF_OK)
+        set_linked((const struct mf_block *)at, head.version);
     mf_writer_done(op, status == MF_OK);
     mf_unlock(op);
     return status;
@@ -473,9 +472,9 @@ static bool scan_group(struct mf_op *op, uint64_t group, uint8_t *out, size_t ro
     size_t at = *length;
     for (unsigned i = 0; i < MF_GROUP; i++) {
         uint64_t value = atomic_load_explicit(&group_at(op->memory, group)[i], memory_order_acquire);
-        if (!value || slot_space(value) != op->space)
+        if (!value || mf_slot_space(value) != op->space)
             continue;
-        const struct mf_block *block = block_at(op->memory, slot_offset(value));
+        const struct mf_block *block = block_at(op->memory, mf_slot_offset(value));
         if (!block || !open_block(op, block))
             continue;
         uint32_t key_len = op->key_len;
@@ -534,7 +533,7 @@ int mf_stats(struct mf_memory *memory, struct mf_stats *out) {
             counts[0] = counts[1] = 0;
             for (uint64_t i = 0; i < memory->at.groups * MF_GROUP; i++) {
                 uint64_t value = atomic_load_explicit(&slots[i], memory_order_relaxed);
-                counts[slot_space(value)] += value != 0;
+                counts[mf_slot_space(value)] += value != 0;
             }
             keys = counts[0];
             parts = counts[1];
@@ -553,11 +552,11 @@ bool mf_is_linked(struct mf_memory *memory, uint64_t offset) {
     if (!block)
         return true;
     uint64_t hash = block->hash;
-    mf_slot *group = group_at(memory, home_group(memory, hash));
-    for (int turn = 0; turn < 2; turn++, group = group_at(memory, other_group(memory, hash)))
+    mf_slot *group = group_at(memory, mf_home_group(&memory->at, hash));
+    for (int turn = 0; turn < 2; turn++, group = group_at(memory, mf_other_group(&memory->at, hash)))
         for (unsigned i = 0; i < MF_GROUP; i++) {
             uint64_t value = atomic_load(&group[i]);
-            if (value && slot_offset(value) == offset)
+            if (value && mf_slot_offset(value) == offset)
                 return true;
         }
     return false;
@@ -598,7 +597,7 @@ int mf_mark_linked(struct mf_memory *memory, const uint32_t *spans, uint32_t cou
         {
             mf_slot *slots = group_at(memory, 0);
             for (uint64_t i = 0; i < memory->at.groups * MF_GROUP; i++) {
-                uint64_t offset = slot_offset(atomic_load_explicit(&slots[i], memory_order_acquire));
+                uint64_t offset = mf_slot_offset(atomic_load_explicit(&slots[i], memory_order_acquire));
                 const struct mf_block *block = offset ? block_at(memory, offset) : NULL;
                 if (!block)
                     continue;

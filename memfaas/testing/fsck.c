@@ -52,17 +52,17 @@ static void check_values(struct mf_memory *memory, uint64_t *linked, struct repo
         uint64_t slot = group_at(memory, 0)[i];
         if (!slot)
             continue;
-        const struct mf_block *block = block_at(memory, slot_offset(slot));
+        const struct mf_block *block = block_at(memory, mf_slot_offset(slot));
         bool whole = block && open_block(&op, block);
         if (whole)
             whole = block->hash == mf_hash_key(block + 1, block->key_len, block->space) &&
-                    slot == slot_of(block->hash, block->space, slot >> 40 & 0x7f, slot_offset(slot)) &&
-                    (i / MF_GROUP == home_group(memory, block->hash) || i / MF_GROUP == other_group(memory, block->hash)) &&
+                    slot == mf_slot_of(block->hash, block->space, slot >> 40 & 0x7f, mf_slot_offset(slot)) &&
+                    (i / MF_GROUP == mf_home_group(&memory->at, block->hash) || i / MF_GROUP == mf_other_group(&memory->at, block->hash)) &&
                     mf_get_copy(&op, value, NULL) == MF_OK;
         out->broken += !whole;
         if (!whole)
             continue;
-        link_block(memory, linked, out, slot_offset(slot));
+        link_block(memory, linked, out, mf_slot_offset(slot));
         for (uint32_t c = 0; op.chunks && c < op.pieces; c++)
             link_block(memory, linked, out, (uint64_t)((uint8_t *)op.piece[c].iov_base - memory->data));
     }

@@ -328,10 +328,10 @@ static void compare(struct mf_memory *there) {
             fail("a slot is not what it was", (long)i, 0);
         if (!slot)
             continue;
-        if (!open_block(&op, block_at(&memory, slot_offset(slot))))
+        if (!open_block(&op, block_at(&memory, mf_slot_offset(slot))))
             fail("a slot leads to nothing", (long)i, 0);
-        if (memcmp(op.block, there->data + slot_offset(slot), block_length(&op)))
-            fail("a block is not what it was", (long)i, (long)slot_offset(slot));
+        if (memcmp(op.block, there->data + mf_slot_offset(slot), block_length(&op)))
+            fail("a block is not what it was", (long)i, (long)mf_slot_offset(slot));
         for (uint32_t c = 0; op.chunks && c < op.pieces; c++) {
             const uint8_t *piece = op.piece[c].iov_base;
             if (memcmp(piece, there->data + (piece - memory.data), op.piece[c].iov_len))
@@ -712,7 +712,7 @@ static uint64_t nonsense(struct client *client, const uint64_t *near) {
 /* A block whose sums are right, though what it says is not. */
 static void forge(struct client *client) {
     uint64_t slot = group_at(&memory, draw(client) % memory.at.groups)[draw(client) % MF_GROUP];
-    struct mf_block *block = slot ? (struct mf_block *)block_at(&memory, slot_offset(slot)) : NULL;
+    struct mf_block *block = slot ? (struct mf_block *)block_at(&memory, mf_slot_offset(slot)) : NULL;
     struct mf_op op = {.memory = &memory};
     if (!block || !open_block(&op, block))
         return;
@@ -801,7 +801,7 @@ static void check_end(void) {
 static void choose_keys(void) {
     unsigned found = 0;
     for (uint64_t key = 0; found < KEYS; key++)
-        if (home_group(&memory, mf_hash_key(&key, sizeof key, 0)) == 0)
+        if (mf_home_group(&memory.at, mf_hash_key(&key, sizeof key, 0)) == 0)
             keys[found++] = key;
 }
 
