@@ -13,7 +13,7 @@ BIN := .venv/bin
 BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
 
-BUILD_PACKAGES := gcc libc6-dev libxxhash-dev python3-dev python3-venv
+BUILD_PACKAGES := gcc libc6-dev libibverbs-dev libxxhash-dev python3-dev python3-venv
 TEST_PACKAGES := iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
 VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod qemu-system-x86
 

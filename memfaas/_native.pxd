@@ -9,6 +9,7 @@ cdef extern from "memfaas.h" nogil:
         MF_MIN_SHARD, MF_MAX_KEY, MF_MAX_META, MF_MAX_MANIFEST, MF_MANIFEST
         MF_STATE_SERVING, MF_STATE_FROZEN, MF_STATE_REVOKED, MF_PARTICIPANTS
         MF_OK, MF_ABSENT, MF_FULL, MF_TOO_LARGE, MF_SMALL_BUFFER, MF_CORRUPT, MF_TIMEOUT, MF_WAIT, MF_BAD
+        MF_CHANGED, MF_NOT_HERE
         MF_NEED_CONNECTION, MF_BROKEN, MF_REVOKED, MF_FROZEN, MF_STALE
     struct mf_header:
         uint8_t lease[16]
@@ -19,7 +20,7 @@ cdef extern from "memfaas.h" nogil:
         uint32_t state, pid
         uint64_t start_time
     struct mf_control:
-        uint32_t state
+        uint32_t state, registered
         mf_participant participants[1024]
     struct mf_memory:
         mf_header at
@@ -69,6 +70,8 @@ cdef extern from "wire.h" nogil:
     enum:
         MF_GET, MF_PUT, MF_READ, MF_WRITE, MF_SWAP, MF_ADD
         MF_WINDOW, MF_WINDOW_COUNT, MF_GROUP
+        MF_SHM, MF_TCP, MF_VERBS
+        MF_IMPATIENT, MF_PATIENT, MF_SURE
     struct mf_request:
         uint8_t verb, flags, space
         uint32_t key_len, meta_len
@@ -87,11 +90,19 @@ cdef extern from "wire.h" nogil:
         pass
     struct mf_server:
         pass
+    struct mf_end:
+        pass
+    struct mf_queue:
+        pass
+    struct mf_remote:
+        pass
     struct mf_link:
-        bint mapped, closed
+        int fabric
+        bint closed
         int64_t timeout
         mf_memory memory
         mf_pool *pool
+        mf_remote *remote
     struct mf_got:
         uint64_t value_len
         uint32_t meta_len
@@ -107,14 +118,14 @@ cdef extern from "wire.h" nogil:
         mf_replaced replaced
 
     mf_server *mf_server_new(mf_memory *memory)
-    int mf_server_serve(mf_server *server, int fd)
+    int mf_server_serve(mf_server *server, int fd, mf_end *end)
     int mf_server_connections(mf_server *server)
     void mf_server_cut(mf_server *server)
     bint mf_server_stop(mf_server *server, int64_t timeout_ns)
     void mf_server_free(mf_server *server)
 
     mf_pool *mf_pool_new(int64_t timeout_ns)
-    int mf_pool_add(mf_pool *pool, int fd)
+    int mf_pool_add(mf_pool *pool, int fd, mf_queue *queue)
     void mf_pool_give(mf_pool *pool, mf_stream *stream)
     void mf_pool_close(mf_pool *pool)
     void mf_pool_free(mf_pool *pool)
@@ -124,7 +135,7 @@ cdef extern from "wire.h" nogil:
     int mf_pull_value(mf_stream *stream, mf_pull *pull, void *into)
     int mf_pull_replaced(mf_stream *stream, mf_pull *pull, mf_replaced *replaced)
 
-    int mf_link_get(mf_link *link, bint patient, uint8_t space, const void *key, uint32_t key_len, mf_got *got)
+    int mf_link_get(mf_link *link, int patience, uint8_t space, const void *key, uint32_t key_len, mf_got *got)
     int mf_link_take(mf_link *link, mf_got *got, void *into, void *meta)
     void mf_link_leave(mf_link *link, mf_got *got)
     int mf_link_has(mf_link *link, bint patient, const void *key, uint32_t key_len)
@@ -137,9 +148,29 @@ cdef extern from "wire.h" nogil:
     mf_stream *mf_link_stream(mf_link *link)
 
 
+cdef extern from "verbs.h" nogil:
+    enum:
+        MF_WHY
+    struct mf_address:
+        pass
+    struct mf_welcome:
+        pass
+    mf_end *mf_end_new(mf_server *server, const char *device, const mf_address *peer, mf_welcome *welcome, char *why)
+    void mf_end_free(mf_end *end)
+    void mf_verbs_close(mf_server *server, const char *why)
+    void mf_verbs_open(mf_server *server)
+    int mf_verbs_connections(mf_server *server)
+    mf_remote *mf_remote_new(const char *device, char *why)
+    void mf_remote_free(mf_remote *remote)
+    mf_queue *mf_queue_new(mf_remote *remote, mf_address *address, char *why)
+    int mf_queue_connect(mf_queue *queue, const mf_welcome *welcome, char *why)
+    int mf_queue_test(mf_queue *queue, int fd, int64_t deadline)
+    void mf_queue_free(mf_queue *queue)
+
+
 cdef struct attempts_t:
     # Of one operation.
-    int repairs, corrupt
+    int repairs, corrupt, changed
 
 cdef struct found_t:
     # What came with a value.

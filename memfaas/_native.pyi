@@ -137,14 +137,32 @@ class Server:
     """Native threads that serve authenticated tcp connections to one memory, one thread each."""
 
     def __init__(self, memory: Memory) -> None: ...
-    def serve(self, fd: int) -> None:
-        """Takes over a connected socket (the descriptor is now the server's)."""
-    def connections(self) -> int: ...
+    def serve(self, fd: int, end: ServerEnd | None = None) -> None:
+        """Takes over a connected socket (the descriptor is now the server's), and the queue pair beside it."""
+    def connections(self) -> int:
+        """Over tcp and over verbs."""
+    def verbs_end(self, device: bytes, address: bytes) -> ServerEnd:
+        """Connects a queue pair to that of a client. `device`: name[:port[:gid index]], or empty for the first one.
+
+        Raises FabricUnavailable with the reason, ProtocolError. Blocks for some milliseconds.
+        """
+    def verbs_connections(self) -> int: ...
+    def close_verbs(self, why: str) -> None:
+        """Ends all verbs connections. No client can reach the memory by a network device when this returns, and those
+        that come are told why."""
+    def open_verbs(self) -> None: ...
     def cut(self) -> None:
         """Ends the connections of peers that may keep an operation from ending: one that reads, or sends what it
         writes to a region, slowly. What they asked for can be asked for again."""
     def stop(self, timeout_s: float) -> bool:
         """Ends all connections; False when some thread did not end in time."""
+
+@final
+class ServerEnd:
+    """The function's end of a queue pair, for `Server.serve`."""
+
+    welcome: Final[bytes]
+    """What the client has to know."""
 
 class Link:
     """One client's open path to one lease."""
@@ -169,6 +187,27 @@ class TcpLink(Link):
     def __init__(self, timeout_s: float) -> None: ...
     def add(self, fd: int) -> None:
         """Adds an authenticated connection to the link's pool (the descriptor is now the link's)."""
+
+@final
+class VerbsLink(Link):
+    fabric: ClassVar[str] = "verbs"
+    def __init__(self, device: bytes, timeout_s: float) -> None:
+        """`device` as for `Server.verbs_end`. Raises FabricUnavailable with the reason."""
+    def queue_pair(self) -> QueuePair:
+        """For a further connection. Raises FabricUnavailable."""
+    def add(self, fd: int, pair: QueuePair, welcome: bytes) -> None:
+        """Adds a connection with its queue pair to the link's pool (the descriptor is then the link's).
+
+        Raises FabricUnavailable, also when the memory was registered anew since the link was opened; ProtocolError.
+        The descriptor is the caller's then.
+        """
+
+@final
+class QueuePair:
+    """The client's end of a queue pair, for `VerbsLink.add`."""
+
+    address: Final[bytes]
+    """What the function has to know."""
 
 class StoreCore:
     """The hot path of a store. `memfaas.client.store.Store` extends it and supplies the rare paths."""

@@ -22,6 +22,7 @@ import os
 
 from memfaas.errors import (
     DeadlineExceeded,
+    FabricUnavailable,
     KeyAbsent,
     ProtocolError,
     StoreFull,
@@ -151,6 +152,11 @@ cdef class Memory:
     def revoke(self):
         self.check()
         return STATES.get(mf_revoke(&self.memory), "revoked")
+
+    @property
+    def registered(self):
+        self.check()
+        return self.memory.control.registered != 0
 
     @property
     def state(self):
@@ -292,14 +298,42 @@ cdef class Server:
         if self.server is NULL:
             raise MemoryError
 
-    def serve(self, int fd):
-        cdef int error = mf_server_serve(self.server, fd)
+    def serve(self, int fd, ServerEnd end=None):
+        cdef int error = mf_server_serve(self.server, fd, NULL if end is None else end.take())
         if error:
             os.close(fd)
             raise OSError(error, os.strerror(error))
 
     def connections(self):
         return mf_server_connections(self.server)
+
+    def verbs_end(self, bytes device, bytes address):
+        cdef ServerEnd end = ServerEnd.__new__(ServerEnd)
+        cdef mf_welcome welcome
+        cdef char why[MF_WHY]
+        cdef const char *name = PyBytes_AS_STRING(device)
+        cdef const mf_address *peer = <const mf_address *>PyBytes_AS_STRING(address)
+        if PyBytes_GET_SIZE(address) != sizeof(mf_address):
+            raise ProtocolError("a malformed address of a queue pair")
+        with nogil:
+            end.end = mf_end_new(self.server, name, peer, &welcome, why)
+        if end.end is NULL:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        end.server = self
+        end.welcome = PyBytes_FromStringAndSize(<char *>&welcome, sizeof(welcome))
+        return end
+
+    def verbs_connections(self):
+        return mf_verbs_connections(self.server)
+
+    def close_verbs(self, str why):
+        cdef bytes text = why.encode()
+        cdef const char *reason = PyBytes_AS_STRING(text)
+        with nogil:
+            mf_verbs_close(self.server, reason)
+
+    def open_verbs(self):
+        mf_verbs_open(self.server)
 
     def cut(self):
         mf_server_cut(self.server)
@@ -315,6 +349,27 @@ cdef class Server:
         # A thread that has not ended still uses it; then the process is about to end anyway.
         if self.server is not NULL and mf_server_stop(self.server, 0):
             mf_server_free(self.server)
+
+
+cdef class ServerEnd:
+    cdef mf_end *end
+    cdef Server server
+    cdef readonly bytes welcome
+
+    cdef mf_end *take(self) except NULL:
+        cdef mf_end *end = self.end
+        if end is NULL:
+            raise ValueError("this end serves a connection already")
+        self.end = NULL
+        return end
+
+    def __dealloc__(self):
+        if self.end is not NULL:
+            mf_end_free(self.end)
+
+
+cdef str text_of(const char *why):
+    return why.decode("utf-8", "replace")
 
 
 # --- links ------------------------------------------------------------------------------------------
@@ -342,7 +397,9 @@ cdef class Link:
     def __dealloc__(self):
         if self.link.pool is not NULL:
             mf_pool_free(self.link.pool)
-        if self.link.mapped:
+        if self.link.remote is not NULL:
+            mf_remote_free(self.link.remote)
+        if self.link.fabric == MF_SHM:
             mf_unmap(&self.link.memory)
 
 
@@ -359,7 +416,7 @@ cdef class ShmLink(Link):
             raise ProtocolError("what the memory function sent is not a memory of this version of memfaas")
         if error:
             raise OSError(error, os.strerror(error))
-        self.link.mapped = True
+        self.link.fabric = MF_SHM
         self.link.timeout = <int64_t>(timeout_s * 1e9)
 
 
@@ -367,15 +424,80 @@ cdef class TcpLink(Link):
     fabric = "tcp"
 
     def __init__(self, double timeout_s):
+        self.link.fabric = MF_TCP
         self.link.timeout = <int64_t>(timeout_s * 1e9)
         self.link.pool = mf_pool_new(self.link.timeout)
         if self.link.pool is NULL:
             raise MemoryError
 
     def add(self, int fd):
-        if mf_pool_add(self.link.pool, fd):
+        if mf_pool_add(self.link.pool, fd, NULL):
             os.close(fd)
             raise MemoryError
+
+
+cdef int64_t TEST_NS = 3000000000  # a connection that loses so much is worse than tcp
+
+
+cdef class VerbsLink(Link):
+    fabric = "verbs"
+
+    def __init__(self, bytes device, double timeout_s):
+        cdef char why[MF_WHY]
+        cdef const char *name = PyBytes_AS_STRING(device)
+        why[0] = 0
+        self.link.fabric = MF_VERBS
+        self.link.timeout = <int64_t>(timeout_s * 1e9)
+        with nogil:
+            self.link.remote = mf_remote_new(name, why)
+        if self.link.remote is NULL:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        self.link.pool = mf_pool_new(self.link.timeout)
+        if self.link.pool is NULL:
+            raise MemoryError
+
+    def queue_pair(self):
+        cdef QueuePair pair = QueuePair.__new__(QueuePair)
+        cdef mf_address address
+        cdef char why[MF_WHY]
+        with nogil:
+            pair.queue = mf_queue_new(self.link.remote, &address, why)
+        if pair.queue is NULL:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        pair.link = self
+        pair.address = PyBytes_FromStringAndSize(<char *>&address, sizeof(address))
+        return pair
+
+    def add(self, int fd, QueuePair pair, bytes welcome):
+        cdef mf_queue *queue = pair.queue
+        cdef const mf_welcome *said = <const mf_welcome *>PyBytes_AS_STRING(welcome)
+        cdef char why[MF_WHY]
+        cdef int error
+        if pair.link is not self or queue is NULL:
+            raise ValueError("this queue pair is not of this link, or is in use")
+        if PyBytes_GET_SIZE(welcome) != sizeof(mf_welcome):
+            raise ProtocolError("a malformed welcome to a queue pair")
+        with nogil:
+            error = mf_queue_connect(queue, said, why)
+        if error:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        with nogil:
+            error = mf_queue_test(queue, fd, mf_now() + TEST_NS)
+        if error:
+            raise FabricUnavailable("verbs: the memory function's device does not answer ours; are they on one network?")
+        if mf_pool_add(self.link.pool, fd, queue):
+            raise MemoryError
+        pair.queue = NULL
+
+
+cdef class QueuePair:
+    cdef mf_queue *queue
+    cdef VerbsLink link
+    cdef readonly bytes address
+
+    def __dealloc__(self):
+        if self.queue is not NULL:
+            mf_queue_free(self.queue)
 
 
 # --- a store ------------------------------------------------------------------------------------------
@@ -462,7 +584,9 @@ cdef class StoreCore:
             raise DeadlineExceeded(f"key {shown(key)}: the shard did not answer in time")
         if status == MF_BAD:
             raise ProtocolError(f"key {shown(key)}: the memory function refused the request")
-        if status == MF_CORRUPT:
+        if status == MF_CHANGED:
+            attempts.changed += 1
+        elif status == MF_CORRUPT:
             attempts.corrupt += 1
             if attempts.corrupt == 3:
                 raise ValueCorrupt(f"key {shown(key)}: the stored bytes do not match their checksum; put it again")
@@ -497,22 +621,22 @@ cdef class StoreCore:
         cdef char *into
         cdef Py_ssize_t shard = self.pick(k, n, space)
         cdef int status
-        cdef attempts_t attempts = attempts_t(0, 0)
+        cdef attempts_t attempts = attempts_t(0, 0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
             if link is not None:
-                status = mf_link_get(&link.link, False, space, k, n, &got)
+                status = mf_link_get(&link.link, MF_IMPATIENT, space, k, n, &got)
                 if status == MF_WAIT:
                     with nogil:
-                        status = mf_link_get(&link.link, True, space, k, n, &got)
+                        status = mf_link_get(&link.link, MF_SURE if attempts.changed else MF_PATIENT, space, k, n, &got)
                 try:
                     if status == MF_OK:
                         value = PyBytes_FromStringAndSize(NULL, got.value_len)
                         into = PyBytes_AS_STRING(value)
                         found.flags = got.flags
                         found.meta_len = got.meta_len
-                        if got.value_len <= KEEP_GIL and link.link.mapped:
+                        if got.value_len <= KEEP_GIL and link.link.fabric == MF_SHM:
                             status = mf_link_take(&link.link, &got, into, found.meta)
                         else:
                             with nogil:
@@ -549,15 +673,15 @@ cdef class StoreCore:
         cdef Link link
         cdef Py_ssize_t length = 0, shard = self.pick(k, n, space)
         cdef int status
-        cdef attempts_t attempts = attempts_t(0, 0)
+        cdef attempts_t attempts = attempts_t(0, 0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
             if link is not None:
-                status = mf_link_get(&link.link, False, space, k, n, &got)
+                status = mf_link_get(&link.link, MF_IMPATIENT, space, k, n, &got)
                 if status == MF_WAIT:
                     with nogil:
-                        status = mf_link_get(&link.link, True, space, k, n, &got)
+                        status = mf_link_get(&link.link, MF_SURE if attempts.changed else MF_PATIENT, space, k, n, &got)
                 if status == MF_OK:
                     length = got.value_len
                     found.flags = got.flags
@@ -566,7 +690,7 @@ cdef class StoreCore:
                         pass
                     elif length > view.len:
                         status = MF_SMALL_BUFFER
-                    elif length <= KEEP_GIL and link.link.mapped:
+                    elif length <= KEEP_GIL and link.link.fabric == MF_SHM:
                         status = mf_link_take(&link.link, &got, view.buf, found.meta)
                     else:
                         with nogil:
@@ -613,7 +737,7 @@ cdef class StoreCore:
         cdef Py_ssize_t n, shard
         cdef Link link
         cdef int status
-        cdef attempts_t attempts = attempts_t(0, 0)
+        cdef attempts_t attempts = attempts_t(0, 0, 0)
         key_bytes(key, &k, &n)
         shard = self.pick(k, n, 0)
         while True:
@@ -635,7 +759,7 @@ cdef class StoreCore:
         cdef Link link
         cdef Py_ssize_t shard = self.pick(<const char *>put.key, put.key_len, put.space)
         cdef int status
-        cdef attempts_t attempts = attempts_t(0, 0)
+        cdef attempts_t attempts = attempts_t(0, 0, 0)
         while True:
             link = <Link>self.links[shard]
             status = MF_NEED_CONNECTION
@@ -734,7 +858,7 @@ cdef class StoreCore:
         key_bytes(key, &k, &n)
         shard = self.pick(k, n, 0)
         link = <Link>self.links[shard]
-        return -1 if link is None or link.link.mapped else shard
+        return shard if link is not None and link.link.fabric == MF_TCP else -1
 
     cdef object get_or_none(self, object key):
         try:
@@ -881,7 +1005,7 @@ cdef class StoreCore:
         cdef uint8_t *data = <uint8_t *>PyBytes_AS_STRING(out)
         cdef uint64_t next_
         cdef int status
-        cdef attempts_t attempts = attempts_t(0, 0)
+        cdef attempts_t attempts = attempts_t(0, 0, 0)
         if not 0 <= shard < len(self.links):
             raise IndexError(shard)
         while True:
@@ -1005,6 +1129,11 @@ cdef class RegionCore:
                 raise DeadlineExceeded(f"offset {offset}: the memory function did not answer in time")
             if status == MF_BAD:
                 raise ProtocolError(f"offset {offset}: the memory function refused the request")
+            if status == MF_NOT_HERE:
+                raise FabricUnavailable(
+                    f"offset {offset}: the words of this region are changed by network devices, as long as a client is "
+                    "connected to it over verbs; connect over verbs too"
+                )
             if status == MF_BROKEN and verb >= MF_SWAP:
                 raise TransportError(
                     f"offset {offset}: the connection broke; the word may or may not have been changed, read it"

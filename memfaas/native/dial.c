@@ -1,4 +1,5 @@
-/* The client's side of the tcp fabric: a link's connections, and one request on one of them. */
+/* The client's side of the tcp fabric: a link's connections, and one request on one of them.
+ * Those of a verbs link have a queue pair beside them. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -7,10 +8,11 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-#include "wire.h"
+#include "verbs.h"
 
 struct pooled {
     struct mf_stream stream; /* first: a stream is its pooled */
+    struct mf_queue *queue; /* or NULL */
     struct pooled *next;
 };
 
@@ -32,11 +34,12 @@ struct mf_pool *mf_pool_new(int64_t timeout_ns) {
     return pool;
 }
 
-int mf_pool_add(struct mf_pool *pool, int fd) {
+int mf_pool_add(struct mf_pool *pool, int fd, struct mf_queue *queue) {
     struct pooled *one = aligned_alloc(64, sizeof *one);
     if (!one)
         return ENOMEM;
     mf_stream_open(&one->stream, fd, pool->timeout);
+    one->queue = queue;
     mf_pool_give(pool, &one->stream);
     return 0;
 }
@@ -50,7 +53,11 @@ struct mf_stream *mf_pool_take(struct mf_pool *pool) {
     return one ? &one->stream : NULL;
 }
 
+struct mf_queue *mf_queue_of(struct mf_stream *stream) { return ((struct pooled *)stream)->queue; }
+
 static void end(struct pooled *one) {
+    if (one->queue)
+        mf_queue_free(one->queue);
     close(one->stream.fd);
     free(one);
 }

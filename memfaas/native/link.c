@@ -1,12 +1,12 @@
-/* One operation on one link: on mapped memory by ourselves, over tcp by the function. */
+/* One operation on one link: on mapped memory by ourselves, over tcp by the function, over verbs by the device. */
 #include <string.h>
 
-#include "wire.h"
+#include "verbs.h"
 
 static int usable(struct mf_link *link) {
     if (link->closed)
         return MF_NEED_CONNECTION;
-    uint32_t generation = link->mapped ? link->memory.generation : mf_pool_generation(link->pool);
+    uint32_t generation = link->fabric == MF_SHM ? link->memory.generation : mf_pool_generation(link->pool);
     return generation == mf_fork_generation() ? MF_OK : MF_STALE;
 }
 
@@ -16,7 +16,7 @@ static int take_stream(struct mf_link *link, struct mf_stream **stream) {
 }
 
 struct mf_stream *mf_link_stream(struct mf_link *link) {
-    return usable(link) == MF_OK && !link->mapped ? mf_pool_take(link->pool) : NULL;
+    return usable(link) == MF_OK && link->fabric == MF_TCP ? mf_pool_take(link->pool) : NULL;
 }
 
 /* A request without a value, and the head of its reply; the stream is the caller's then, in any case. */
@@ -33,48 +33,71 @@ static void give(struct mf_link *link, struct mf_stream *stream) {
         mf_pool_give(link->pool, stream);
 }
 
-int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *key, uint32_t key_len,
+/* What to do about a verbs stream on which something failed: it is not used again. */
+static int mind(struct mf_stream *stream, int status) {
+    if (status == MF_BROKEN || status == MF_TIMEOUT || status == MF_NEED_CONNECTION)
+        stream->error = -1;
+    return status;
+}
+
+static int get_one_sided(struct mf_link *link, uint8_t space, const void *key, uint32_t key_len, struct mf_got *got) {
+    int status = take_stream(link, &got->stream);
+    if (status != MF_OK)
+        return status;
+    got->one_sided = true;
+    got->deadline = mf_now() + link->timeout;
+    status = mf_verbs_get(mf_queue_of(got->stream), got->stream, got->deadline, space, key, key_len, &got->op);
+    return mind(got->stream, status);
+}
+
+static void describe(struct mf_got *got, bool found_here) {
+    got->value_len = found_here ? got->op.value_len : got->pull.reply.value_len;
+    got->meta_len = found_here ? got->op.meta_len : got->pull.reply.meta_len;
+    got->flags = found_here ? got->op.flags : got->pull.reply.flags;
+}
+
+int mf_link_get(struct mf_link *link, int patience, uint8_t space, const void *key, uint32_t key_len,
                 struct mf_got *got) {
-    got->taken = false;
+    got->taken = got->one_sided = false;
     got->stream = NULL;
     got->pull.reply = (struct mf_reply){0};
-    mf_op_begin(&got->op, &link->memory, patient ? link->timeout : 0);
+    mf_op_begin(&got->op, &link->memory, patience ? link->timeout : 0);
     int status = usable(link);
     if (status != MF_OK)
         return status;
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         got->op.space = space;
-        if ((status = mf_get(&got->op, key, key_len)) == MF_OK) {
-            got->value_len = got->op.value_len;
-            got->meta_len = got->op.meta_len;
-            got->flags = got->op.flags;
-        }
-        return status;
-    }
-    if (!patient)
+        status = mf_get(&got->op, key, key_len);
+    } else if (patience == MF_IMPATIENT)
         return MF_WAIT;
-    status = ask(link, (struct mf_request){.verb = MF_GET, .space = space, .key_len = key_len}, key, NULL,
-                 &got->stream, &got->pull);
-    got->value_len = got->pull.reply.value_len;
-    got->meta_len = got->pull.reply.meta_len;
-    got->flags = got->pull.reply.flags;
+    else if (link->fabric == MF_VERBS && patience == MF_PATIENT)
+        status = get_one_sided(link, space, key, key_len, got);
+    else
+        status = ask(link, (struct mf_request){.verb = MF_GET, .space = space, .key_len = key_len}, key, NULL,
+                     &got->stream, &got->pull);
+    if (status == MF_OK)
+        describe(got, link->fabric == MF_SHM || got->one_sided);
     return status;
 }
 
 int mf_link_take(struct mf_link *link, struct mf_got *got, void *into, void *meta) {
     got->taken = true;
-    if (link->mapped)
+    if (link->fabric == MF_SHM)
         return mf_get_copy(&got->op, into, meta);
+    if (got->one_sided) {
+        int status = mf_verbs_take(mf_queue_of(got->stream), got->stream, got->deadline, &got->op, into, meta);
+        return mind(got->stream, status);
+    }
     memcpy(meta, got->pull.meta, got->meta_len);
     return mf_pull_value(got->stream, &got->pull, into);
 }
 
 void mf_link_leave(struct mf_link *link, struct mf_got *got) {
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         mf_op_end(&got->op);
         return;
     }
-    if (got->stream && !got->taken && got->pull.reply.value_len && got->pull.reply.status == MF_OK)
+    if (got->stream && !got->one_sided && !got->taken && got->pull.reply.value_len && got->pull.reply.status == MF_OK)
         got->stream->error = -1; /* the value is still in it */
     give(link, got->stream);
 }
@@ -83,7 +106,7 @@ int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t ke
     int status = usable(link);
     if (status != MF_OK)
         return status;
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         status = mf_get(&op, key, key_len);
@@ -92,6 +115,13 @@ int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t ke
     }
     if (!patient)
         return MF_WAIT;
+    struct mf_got got;
+    if (link->fabric == MF_VERBS) {
+        status = mf_link_get(link, MF_PATIENT, 0, key, key_len, &got);
+        mf_link_leave(link, &got);
+        if (status != MF_CHANGED)
+            return status;
+    }
     struct mf_stream *stream;
     struct mf_pull pull;
     status = ask(link, (struct mf_request){.verb = MF_GET, .flags = MF_HEAD_ONLY, .key_len = key_len}, key, NULL,
@@ -100,7 +130,17 @@ int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t ke
     return status;
 }
 
-/* A change over tcp. Whether an earlier attempt took effect is asked first, on the new connection. */
+static int change_with(struct mf_stream *stream, struct mf_request *request, struct mf_putting *put) {
+    struct mf_pull pull;
+    int status = mf_ask(stream, request, put->key, put->meta, put->value);
+    if (status == MF_OK)
+        status = mf_pull_reply(stream, &pull);
+    if (status == MF_OK)
+        status = mf_pull_replaced(stream, &pull, &put->replaced);
+    return status;
+}
+
+/* A change by the function. Whether an earlier attempt took effect is asked first, on the new connection. */
 static int change(struct mf_link *link, struct mf_request request, struct mf_putting *put) {
     struct mf_stream *stream;
     struct mf_pull pull;
@@ -116,11 +156,12 @@ static int change(struct mf_link *link, struct mf_request request, struct mf_put
     if ((status = take_stream(link, &stream)) != MF_OK)
         return status;
     mf_number(stream, &request, &put->change);
-    status = mf_ask(stream, &request, put->key, put->meta, put->value);
-    if (status == MF_OK)
-        status = mf_pull_reply(stream, &pull);
-    if (status == MF_OK)
-        status = mf_pull_replaced(stream, &pull, &put->replaced);
+    if (link->fabric == MF_VERBS) {
+        int64_t deadline = mf_now() + link->timeout;
+        status = mind(stream, mf_verbs_change(mf_queue_of(stream), stream, deadline, &request, put));
+    }
+    if (link->fabric == MF_TCP || status == MF_WAIT) /* what finds no whole spans goes with the stream */
+        status = change_with(stream, &request, put);
     if (status != MF_BROKEN)
         put->change.id = 0;
     give(link, stream);
@@ -132,7 +173,7 @@ int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put) {
     put->replaced.length = 0;
     if (status != MF_OK)
         return status;
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         op.space = put->space;
@@ -157,7 +198,7 @@ int mf_link_delete(struct mf_link *link, bool patient, struct mf_putting *put) {
     put->replaced.length = 0;
     if (status != MF_OK)
         return status;
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         op.space = put->space;
@@ -174,7 +215,7 @@ int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t 
     int status = usable(link);
     if (status != MF_OK)
         return status;
-    if (link->mapped) {
+    if (link->fabric == MF_SHM) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, link->timeout);
         op.space = space;
@@ -202,7 +243,7 @@ int mf_link_stats(struct mf_link *link, struct mf_stats *out) {
     int status = usable(link);
     if (status != MF_OK)
         return status;
-    if (link->mapped)
+    if (link->fabric == MF_SHM)
         return mf_stats(&link->memory, out);
     struct mf_stream *stream;
     struct mf_pull pull;
@@ -238,11 +279,22 @@ static int region_here(struct mf_link *link, uint8_t verb, uint64_t offset, void
 int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
                    uint64_t c, uint64_t *before) {
     int status = usable(link);
-    if (status != MF_OK || link->mapped)
-        return status == MF_OK ? region_here(link, verb, offset, data, length, b, c, before) : status;
+    if (status != MF_OK)
+        return status;
+    if (link->fabric == MF_SHM)
+        return region_here(link, verb, offset, data, length, b, c, before);
     struct mf_request request = {.verb = verb, .value_len = length, .a = offset, .b = b, .c = c};
     struct mf_stream *stream;
     struct mf_pull pull = {.reply = {0}};
+    if (link->fabric == MF_VERBS) {
+        if ((status = take_stream(link, &stream)) != MF_OK)
+            return status;
+        status = mind(stream, mf_verbs_region(mf_queue_of(stream), stream, mf_now() + link->timeout, verb, offset, data,
+                                              length, b, c, before));
+        give(link, stream);
+        if (status != MF_NOT_HERE)
+            return status;
+    }
     status = ask(link, request, NULL, data, &stream, &pull);
     if (status == MF_OK && verb == MF_READ)
         status = mf_pull_bytes(stream, data, length);

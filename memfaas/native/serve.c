@@ -11,31 +11,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "wire.h"
+#include "serve.h"
+#include "verbs.h"
 
-#define OPERATION_NS 5000000000ll /* for locks; the client's own deadline is what counts for it */
-#define PEER_NS 20000000000ll     /* a peer that stalls inside a request for so long is cut off: it holds memory */
 #define PATIENCE_NS 100000000ll  /* for a peer that reads slowly, before its value is put aside */
 #define STACK (256u << 10)
-
-struct connection {
-    struct mf_server *server;
-    struct connection *next, **link;
-    struct mf_writer *writer;
-    uint64_t writer_id;
-    _Atomic bool leans; /* on its peer: its request may wait for it while it is pinned */
-    struct mf_stream stream;
-};
-
-struct mf_server {
-    struct mf_memory *memory;
-    pthread_mutex_t mutex;
-    pthread_cond_t ended;
-    struct connection *all;
-    int count;
-    bool stopping;
-    bool writers[MF_WRITERS]; /* records in use */
-};
 
 static bool reply(struct mf_stream *stream, struct mf_reply answer) {
     return mf_stream_queue(stream, &answer, sizeof answer);
@@ -122,9 +102,7 @@ static bool serve_get(struct mf_memory *memory, struct mf_stream *stream, const 
     return good;
 }
 
-/* The record that tells whether this connection's changes took effect. NULL: the change must not be
- * made, somebody has been told that it did not happen. */
-static struct mf_writer *writer_of(struct connection *connection, uint64_t id) {
+struct mf_writer *mf_writer_of(struct connection *connection, uint64_t id) {
     struct mf_server *server = connection->server;
     if (connection->writer && connection->writer_id == id)
         return connection->writer;
@@ -224,7 +202,7 @@ static bool serve_put(struct connection *connection, const struct mf_request *re
     mf_op_begin(&op, connection->server->memory, OPERATION_NS);
     op.space = request->space;
     op.number = (uint32_t)request->b;
-    if (!(op.writer = writer_of(connection, request->a)))
+    if (!(op.writer = mf_writer_of(connection, request->a)))
         return false;
     if (mf_is_inline(request->key_len, request->meta_len, request->value_len)) {
         size_t whole = head + request->value_len;
@@ -254,7 +232,7 @@ static bool serve_delete(struct connection *connection, const struct mf_request 
     struct mf_replaced replaced = {0};
     mf_op_begin(&op, connection->server->memory, OPERATION_NS);
     op.space = request->space;
-    op.writer = writer_of(connection, request->a);
+    op.writer = mf_writer_of(connection, request->a);
     op.number = (uint32_t)request->b;
     if (!op.writer)
         return false;
@@ -355,6 +333,13 @@ static bool serve_resume(struct connection *connection, const struct mf_request 
     return reply(&connection->stream, (struct mf_reply){.status = MF_OK, .a = happened});
 }
 
+/* What a client needs for its queue pair: the key of a chunk of DATA, or the atomics of a region. */
+static bool serve_end(struct connection *connection, const struct mf_request *request) {
+    uint64_t key = 0;
+    int status = request->verb == MF_KEY ? mf_end_key(connection->end, request->a, &key) : mf_end_claim(connection->end);
+    return reply(&connection->stream, (struct mf_reply){.status = (uint8_t)status, .a = key});
+}
+
 static bool serve_whole(struct connection *connection, const struct mf_request *request) {
     struct mf_memory *memory = connection->server->memory;
     struct mf_stream *stream = &connection->stream;
@@ -374,6 +359,9 @@ static bool serve_whole(struct connection *connection, const struct mf_request *
         return serve_stats(memory, stream);
     case MF_RESUME:
         return serve_resume(connection, request);
+    case MF_KEY:
+    case MF_CLAIM:
+        return serve_end(connection, request);
     default:
         return serve_region(memory, stream, request);
     }
@@ -394,11 +382,14 @@ static bool serve_one(struct connection *connection) {
     uint64_t largest = request.verb == MF_PUT ? MF_MAX_PART
                        : request.verb == MF_READ || request.verb == MF_WRITE ? MF_READ_MAX
                                                                               : 0;
-    bool region = request.verb >= MF_READ && request.verb <= MF_ADD, any = request.verb == MF_STATS;
+    bool region = request.verb >= MF_READ && request.verb <= MF_ADD;
+    bool ends = request.verb == MF_KEY || request.verb == MF_CLAIM, any = request.verb == MF_STATS || ends;
     bool changes = request.verb == MF_PUT || request.verb == MF_DELETE || request.verb == MF_RESUME;
-    if (request.verb < MF_GET || request.verb > MF_RESUME || request.key_len > (keyed ? MF_MAX_KEY : 0) ||
+    if (request.verb < MF_GET || request.verb > MF_CLAIM || (ends && !connection->end) ||
+        request.key_len > (keyed ? MF_MAX_KEY : 0) ||
         request.meta_len > (request.verb == MF_PUT ? MF_MAX_META : 0) || request.value_len > largest ||
-        request.space > 1 || (changes && (request.a == 0 || request.b == 0)) || (!any && region != (memory->at.kind == MF_REGION))) {
+        request.space > 1 || (changes && (request.a == 0 || request.b == 0)) ||
+        (!any && region != (memory->at.kind == MF_REGION))) {
         reply_status(stream, MF_BAD);
         mf_stream_flush(stream);
         return false;
@@ -418,6 +409,8 @@ static void *run(void *argument) {
     struct mf_server *server = connection->server;
     while (serve_one(connection)) {
     }
+    if (connection->end)
+        mf_end_free(connection->end);
     pthread_mutex_lock(&server->mutex);
     *connection->link = connection->next;
     if (connection->next)
@@ -437,6 +430,7 @@ struct mf_server *mf_server_new(struct mf_memory *memory) {
     if (!server)
         return NULL;
     server->memory = memory;
+    mf_region_release(memory); /* a killed function's device has no part in it any more */
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
@@ -445,18 +439,24 @@ struct mf_server *mf_server_new(struct mf_memory *memory) {
     return server;
 }
 
-int mf_server_serve(struct mf_server *server, int fd) {
+int mf_server_serve(struct mf_server *server, int fd, struct mf_end *end) {
     struct connection *connection = aligned_alloc(64, sizeof *connection);
-    if (!connection)
+    if (!connection) {
+        if (end)
+            mf_end_free(end);
         return ENOMEM;
+    }
     connection->server = server;
     connection->writer = NULL;
     connection->leans = false;
+    connection->end = end;
     mf_stream_open(&connection->stream, fd, PEER_NS);
     pthread_attr_t attributes;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    if (end)
+        mf_end_bind(end, connection);
     pthread_mutex_lock(&server->mutex);
     pthread_t thread;
     int error = server->stopping                        ? ESHUTDOWN
@@ -472,8 +472,11 @@ int mf_server_serve(struct mf_server *server, int fd) {
     }
     pthread_mutex_unlock(&server->mutex);
     pthread_attr_destroy(&attributes);
-    if (error)
+    if (error) {
+        if (end)
+            mf_end_free(end);
         free(connection);
+    }
     return error;
 }
 
@@ -507,4 +510,7 @@ bool mf_server_stop(struct mf_server *server, int64_t timeout_ns) {
     return ended;
 }
 
-void mf_server_free(struct mf_server *server) { free(server); }
+void mf_server_free(struct mf_server *server) {
+    mf_verbs_free(server);
+    free(server);
+}

@@ -8,7 +8,24 @@
 
 #include "memfaas.h"
 
-enum mf_verb { MF_GET = 1, MF_PUT, MF_DELETE, MF_SCAN, MF_STATS, MF_READ, MF_WRITE, MF_SWAP, MF_ADD, MF_RESUME };
+enum mf_verb {
+    MF_GET = 1,
+    MF_PUT,
+    MF_DELETE,
+    MF_SCAN,
+    MF_STATS,
+    MF_READ,
+    MF_WRITE,
+    MF_SWAP,
+    MF_ADD,
+    MF_RESUME,
+    /* of a connection that has a queue pair (verbs.h) */
+    MF_KEY,
+    MF_CLAIM,
+    /* by its queue pair alone, as PUT and DELETE */
+    MF_RESERVE,
+    MF_COMMIT,
+};
 
 #define MF_HEAD_ONLY 1u /* flag of a GET: is it there? */
 
@@ -19,7 +36,7 @@ struct mf_request {
     uint8_t pad;
     uint32_t key_len;
     uint32_t meta_len;
-    uint32_t pad2;
+    uint32_t landing;   /* by a queue pair: where in the landing area the rest is, if not in the message */
     uint64_t value_len; /* PUT, WRITE: that follows; READ: that is asked for */
     uint64_t a;         /* offset or cursor; PUT, DELETE, RESUME: id of the connection */
     uint64_t b;         /* SWAP: expected; PUT, DELETE, RESUME: number of the operation there */
@@ -69,8 +86,9 @@ bool mf_stream_skip(struct mf_stream *stream, uint64_t length);
 
 /* serve.c */
 struct mf_server;
+struct mf_end;
 struct mf_server *mf_server_new(struct mf_memory *memory);
-int mf_server_serve(struct mf_server *server, int fd);
+int mf_server_serve(struct mf_server *server, int fd, struct mf_end *end); /* end: NULL, or a queue pair beside it */
 int mf_server_connections(struct mf_server *server);
 /* Ends the connections whose peer may keep an operation from coming to its end. Their requests can be made
  * again; an atomic's, which cannot, waits for nobody. */
@@ -79,9 +97,11 @@ bool mf_server_stop(struct mf_server *server, int64_t timeout_ns);
 void mf_server_free(struct mf_server *server);
 
 /* dial.c: the client's side */
+struct mf_queue;
 struct mf_pool; /* the connections of one link */
 struct mf_pool *mf_pool_new(int64_t timeout_ns);
-int mf_pool_add(struct mf_pool *pool, int fd);
+int mf_pool_add(struct mf_pool *pool, int fd, struct mf_queue *queue); /* queue: NULL, or a queue pair beside it */
+struct mf_queue *mf_queue_of(struct mf_stream *stream);
 struct mf_stream *mf_pool_take(struct mf_pool *pool); /* NULL: none is free */
 void mf_pool_give(struct mf_pool *pool, struct mf_stream *stream); /* a broken one is closed */
 void mf_pool_close(struct mf_pool *pool);
@@ -107,13 +127,18 @@ int mf_pull_replaced(struct mf_stream *stream, struct mf_pull *pull, struct mf_r
 
 /* link.c: one operation on one link, whichever its fabric.
  *
- * An impatient call holds the GIL: it does what takes a microsecond, and returns MF_WAIT otherwise. */
+ * An impatient call holds the GIL: it does what takes a microsecond, and returns MF_WAIT otherwise. A sure one
+ * has the function read for it where others would read one-sided, and never gives MF_CHANGED. */
+enum mf_patience { MF_IMPATIENT, MF_PATIENT, MF_SURE };
+enum mf_fabric { MF_SHM = 1, MF_TCP, MF_VERBS };
+struct mf_remote;
 struct mf_link {
-    bool mapped; /* shm: `memory`; otherwise tcp: `pool` */
+    enum mf_fabric fabric;
     _Atomic bool closed;
     int64_t timeout;
-    struct mf_memory memory;
-    struct mf_pool *pool;
+    struct mf_memory memory;  /* shm */
+    struct mf_pool *pool;     /* tcp and verbs */
+    struct mf_remote *remote; /* verbs */
 };
 
 struct mf_got { /* by mf_link_get, until mf_link_leave */
@@ -121,11 +146,13 @@ struct mf_got { /* by mf_link_get, until mf_link_leave */
     uint32_t meta_len;
     uint8_t flags;
     bool taken;
+    bool one_sided; /* `op` has what was read, not `pull` */
     struct mf_op op;
+    int64_t deadline;
     struct mf_stream *stream;
     struct mf_pull pull;
 };
-int mf_link_get(struct mf_link *link, bool patient, uint8_t space, const void *key, uint32_t key_len,
+int mf_link_get(struct mf_link *link, int patience, uint8_t space, const void *key, uint32_t key_len,
                 struct mf_got *got);
 int mf_link_take(struct mf_link *link, struct mf_got *got, void *into, void *meta);
 void mf_link_leave(struct mf_link *link, struct mf_got *got);

@@ -25,6 +25,7 @@ from memfaas._native import (
     ShmLink,
     StoreCore,
     TcpLink,
+    VerbsLink,
     format_memory,
     geometry,
 )
@@ -154,20 +155,38 @@ class BareLease:
             link.add(self.connect().detach())
         return link
 
-    def store(self, link: ShmLink | TcpLink) -> BareStore:
-        """On tcp it gets new connections when it has none left, but what breaks one is an error."""
+    def verbs_link(self, connections: int = 1) -> VerbsLink:
+        link = VerbsLink(b"", self.timeout_s)
+        for _ in range(connections):
+            self.add_queue_pair(link)
+        return link
+
+    def add_queue_pair(self, link: VerbsLink) -> None:
+        pair = link.queue_pair()
+        end = self.server.verbs_end(b"", pair.address)
+        near, far = tcp_pair()
+        self.server.serve(far.detach(), end)
+        link.add(near.detach(), pair, end.welcome)
+
+    def store(self, link: ShmLink | TcpLink | VerbsLink) -> BareStore:
+        """On tcp and verbs it gets new connections when it has none left, but what breaks one is an error."""
 
         def repair(store: BareStore, reason: int) -> None:
             now = store._get_link(0)
-            if reason != NEED_CONNECTION or not isinstance(now, TcpLink):
+            if reason != NEED_CONNECTION:
                 raise LinkDown(reason)
-            now.add(self.connect().detach())
+            if isinstance(now, VerbsLink):
+                self.add_queue_pair(now)
+            elif isinstance(now, TcpLink):
+                now.add(self.connect().detach())
+            else:
+                raise LinkDown(reason)
 
         store = BareStore(self.memory.part_size, repair)
         store._set_link(0, link)
         return store
 
-    def region(self, link: ShmLink | TcpLink) -> BareRegion:
+    def region(self, link: ShmLink | TcpLink | VerbsLink) -> BareRegion:
         region = BareRegion(self.memory.size)
         region._set_link(link)
         return region

@@ -1,0 +1,155 @@
+/* Reads of a shard, one-sided: the function has no part in them.
+ *
+ * One READ gives a group of the index, one more a block, which is believed only if it is the key's, if its
+ * checksums fit, and if it says that its slot led to it when it was read (`linked`, see shard.c). That is the moment at
+ * which the get takes effect. A place that was good before is tried first, by the same rules, without the index.
+ *
+ * That a key is not there is believed only if none of its slots could be its own. What stays doubtful is
+ * MF_CHANGED; whoever asked then asks the function. */
+#include <string.h>
+
+#include "index.h"
+#include "verbs.h"
+
+#define TRIES 4
+#define HALF (MF_BULK / 2)
+
+static _Atomic uint64_t *place_of(struct mf_remote *remote, uint64_t hash) {
+    return &remote->places[(hash >> 16) % MF_PLACES];
+}
+
+/* One READ, and the wait for it. */
+static int fetch(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t offset, size_t length,
+                 uint8_t *into) {
+    struct mf_list list = {.count = 0};
+    uint32_t key;
+    int status = mf_queue_key(queue, stream, offset, &key);
+    if (status != MF_OK)
+        return status;
+    mf_list_read(&list, queue, into, length, queue->remote->data + offset, key);
+    status = mf_list_post(&list, queue, true);
+    return status == MF_OK ? mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline) : status;
+}
+
+/* MF_CHANGED: the block was not the key's when it was read. */
+static int try_slot(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t slot, const void *key,
+                    uint32_t key_len, struct mf_op *found) {
+    uint8_t *into = queue->buffer + MF_BULK_AT;
+    const struct mf_block *block = (const struct mf_block *)into;
+    uint64_t offset = mf_slot_offset(slot), size = mf_class_size(mf_slot_class(slot));
+    if (size < sizeof *block || size > MF_INLINE || !mf_in_heap(&found->memory->at, offset, size) ||
+        offset / MF_CHUNK != (offset + size - 1) / MF_CHUNK)
+        return MF_CHANGED;
+    int status = fetch(queue, stream, deadline, offset, size, into);
+    if (status != MF_OK)
+        return status;
+    bool good = mf_open_block(found, block, size) && block->linked == block->version && block->version != 0 &&
+                block->hash == found->hash && block->space == found->space && block->key_len == key_len &&
+                memcmp(block + 1, key, key_len) == 0;
+    return good ? MF_OK : MF_CHANGED;
+}
+
+static int try_groups(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, const void *key,
+                      uint32_t key_len, struct mf_op *found) {
+    struct mf_remote *remote = queue->remote;
+    const struct mf_header *at = &remote->memory.at;
+    uint64_t group = mf_home_group(at, found->hash);
+    int result = MF_ABSENT;
+    for (int turn = 0; turn < 2; turn++, group = mf_other_group(at, found->hash)) {
+        uint64_t slots[MF_GROUP];
+        uint8_t *into = queue->buffer + MF_GROUPS_AT;
+        int status = fetch(queue, stream, deadline, mf_group_offset(group), sizeof slots, into);
+        if (status != MF_OK)
+            return status;
+        memcpy(slots, into, sizeof slots);
+        for (unsigned i = 0; i < MF_GROUP; i++) {
+            if (!mf_slot_fits(slots[i], found->hash, found->space))
+                continue;
+            status = try_slot(queue, stream, deadline, slots[i], key, key_len, found);
+            if (status == MF_OK)
+                atomic_store_explicit(place_of(remote, found->hash), slots[i], memory_order_relaxed);
+            if (status != MF_CHANGED)
+                return status;
+            result = MF_CHANGED;
+        }
+    }
+    return result;
+}
+
+/* Finds the key's block and reads it; `found` is then as after mf_get, but its pieces, if there are chunks, are
+ * offsets. */
+int mf_verbs_get(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t space, const void *key,
+                 uint32_t key_len, struct mf_op *found) {
+    struct mf_remote *remote = queue->remote;
+    found->memory = &remote->memory;
+    if (remote->memory.at.kind != MF_SHARD)
+        return MF_BAD;
+    found->space = space;
+    found->hash = mf_hash_key(key, key_len, space);
+    uint64_t place = atomic_load_explicit(place_of(remote, found->hash), memory_order_relaxed);
+    int status = MF_CHANGED;
+    if (mf_slot_fits(place, found->hash, space))
+        status = try_slot(queue, stream, deadline, place, key, key_len, found);
+    for (int tries = 0; status == MF_CHANGED && tries < TRIES; tries++)
+        status = try_groups(queue, stream, deadline, key, key_len, found);
+    return status;
+}
+
+/* READs for the bytes [from, to) of a value that lies in pieces. */
+static int ask_for(struct mf_queue *queue, struct mf_stream *stream, struct mf_op *found, uint64_t from, uint64_t to,
+                   uint8_t *into) {
+    struct mf_list list = {.count = 0};
+    uint64_t start = 0;
+    for (uint32_t i = 0; i < found->pieces && start < to; start += found->piece[i++].iov_len) {
+        uint64_t end = start + found->piece[i].iov_len, low = from > start ? from : start, high = to < end ? to : end;
+        if (low >= high)
+            continue;
+        uint64_t offset = (uintptr_t)found->piece[i].iov_base + (low - start);
+        uint32_t key;
+        int status = mf_queue_key(queue, stream, offset, &key);
+        if (status != MF_OK)
+            return status;
+        if (offset / MF_CHUNK != (offset + (high - low) - 1) / MF_CHUNK)
+            return MF_CHANGED;
+        mf_list_read(&list, queue, into + (low - from), high - low, queue->remote->data + offset, key);
+    }
+    return mf_list_post(&list, queue, true);
+}
+
+/* One half of the buffer is read while the other one is copied out and checked. */
+static int take_pieces(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_op *found,
+                       uint8_t *into) {
+    uint8_t *halves = queue->buffer + MF_BULK_AT;
+    uint64_t length = found->value_len, ready[2] = {0, 0};
+    uint32_t segment = 0;
+    bool good = true;
+    int status = MF_OK;
+    for (uint64_t from = 0; from < length + HALF; from += HALF) {
+        unsigned half = from / HALF % 2;
+        if (from < length) {
+            uint64_t to = from + HALF < length ? from + HALF : length;
+            if ((status = ask_for(queue, stream, found, from, to, halves + half * HALF)) != MF_OK)
+                return status;
+            ready[half] = queue->posted;
+        }
+        if (from == 0)
+            continue;
+        uint64_t before = from - HALF, end = from < length ? from : length;
+        if ((status = mf_queue_wait(queue, stream->fd, ready[half ^ 1], 0, deadline)) != MF_OK)
+            return status;
+        for (uint64_t at = before; at < end; at += MF_SEGMENT) {
+            size_t count = end - at < MF_SEGMENT ? end - at : MF_SEGMENT;
+            const uint8_t *here = halves + (half ^ 1) * HALF + (at - before);
+            good = mf_hash_copy(into + at, here, count, false) == found->sums[segment++] && good;
+        }
+    }
+    return good ? MF_OK : MF_CHANGED;
+}
+
+int mf_verbs_take(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_op *found, void *into,
+                  void *meta) {
+    if (found->chunks == 0)
+        return mf_get_copy(found, into, meta) == MF_OK ? MF_OK : MF_CHANGED;
+    memcpy(meta, found->meta, found->meta_len); /* before the buffer is used again */
+    return take_pieces(queue, stream, deadline, found, into);
+}

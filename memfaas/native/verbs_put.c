@@ -1,0 +1,117 @@
+/* Changes of a shard over verbs: what they need is written into the function's memory, and a message behind it,
+ * on the same queue pair, has the function execute them. One round trip; two for a value of many spans. */
+#include <string.h>
+
+#include "verbs.h"
+
+/* The function's answer, with the manifest that was replaced. */
+static int finish(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_replaced *replaced) {
+    struct mf_reply reply;
+    int status = mf_queue_reply(queue, stream->fd, &reply, replaced->manifest, MF_MAX_MANIFEST, deadline);
+    if (status == MF_OK)
+        replaced->length = (uint32_t)reply.value_len;
+    return status;
+}
+
+/* All of it in the message, if it fits there, or else in the landing area. */
+static int send_small(struct mf_queue *queue, struct mf_request *request, const struct mf_putting *put) {
+    struct mf_list list = {.count = 0};
+    uint64_t values = request->verb == MF_PUT ? put->value_len : 0, length = request->key_len;
+    struct iovec payload[3] = {{(void *)put->key, put->key_len}, {(void *)put->meta, put->meta_len},
+                               {(void *)put->value, values}};
+    size_t count = request->verb == MF_PUT ? 3 : 1;
+    if (request->verb == MF_PUT) {
+        length += put->meta_len + values;
+        request->c = mf_value_sum(put->meta, put->meta_len, put->value, values);
+    }
+    if (length && sizeof *request + length <= MF_SLOT) {
+        mf_list_message(&list, queue, request, payload, count);
+        return mf_list_post(&list, queue, false);
+    }
+    uint8_t *staged = queue->buffer + MF_BULK_AT;
+    uint64_t at = 0;
+    for (size_t i = 0; i < count; at += payload[i++].iov_len)
+        if (payload[i].iov_len) /* memcpy takes no NULL, even of no bytes */
+            memcpy(staged + at, payload[i].iov_base, payload[i].iov_len);
+    if (length)
+        mf_list_write(&list, queue, staged, length, queue->landing, queue->landing_key);
+    mf_list_message(&list, queue, request, NULL, 0);
+    return mf_list_post(&list, queue, false);
+}
+
+/* Whole spans go where they will lie; each is hashed while it is copied into a buffer that the device knows. */
+static int write_spans(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, const uint8_t *value,
+                       const uint64_t *offsets, uint64_t spans, uint64_t *sums) {
+    const unsigned buffers = MF_BULK / MF_SPAN;
+    uint64_t posted[MF_BULK / MF_SPAN] = {0};
+    struct mf_list list = {.count = 0};
+    for (uint64_t i = 0; i < spans; i++, value += MF_SPAN) {
+        uint8_t *buffer = queue->buffer + MF_BULK_AT + i % buffers * MF_SPAN;
+        uint32_t key;
+        int status = mf_queue_key(queue, stream, offsets[i], &key);
+        if (status == MF_OK)
+            status = mf_queue_wait(queue, stream->fd, posted[i % buffers], 0, deadline);
+        if (status != MF_OK)
+            return status;
+        for (size_t at = 0; at < MF_SPAN; at += MF_SEGMENT)
+            *sums++ = mf_hash_copy(buffer + at, value + at, MF_SEGMENT, false);
+        mf_list_write(&list, queue, buffer, MF_SPAN, queue->remote->data + offsets[i], key);
+        if ((status = mf_list_post(&list, queue, true)) != MF_OK)
+            return status;
+        posted[i % buffers] = queue->posted;
+    }
+    return mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline); /* the buffers are used again */
+}
+
+static int send_large(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_request *request,
+                      const struct mf_putting *put) {
+    struct mf_list list = {.count = 0};
+    struct mf_request reserve = *request;
+    struct mf_reply reply;
+    uint64_t offsets[MF_MAX_PART / MF_SPAN], spans = put->value_len / MF_SPAN, sums[MF_MAX_SEGMENTS];
+    reserve.verb = MF_RESERVE;
+    mf_list_message(&list, queue, &reserve, NULL, 0);
+    int status = mf_list_post(&list, queue, false);
+    if (status == MF_OK)
+        status = mf_queue_reply(queue, stream->fd, &reply, offsets, sizeof offsets, deadline);
+    if (status != MF_OK)
+        return status == MF_FULL ? MF_WAIT : status;
+    if (reply.value_len != spans * sizeof *offsets)
+        return MF_BROKEN;
+    for (uint64_t i = 0; i < spans; i++)
+        if (offsets[i] % MF_SPAN || offsets[i] > queue->remote->memory.at.data_bytes - MF_SPAN)
+            return MF_BROKEN;
+    status = write_spans(queue, stream, deadline, put->value, offsets, spans, sums);
+    if (status != MF_OK)
+        return status;
+    uint64_t segments = mf_segments_of(put->value_len), tail = put->value_len % MF_SPAN, done = spans * MF_SPAN;
+    uint8_t *staged = queue->buffer + MF_BULK_AT, *at = staged + segments * sizeof *sums;
+    memcpy(at, put->key, put->key_len);
+    at += put->key_len;
+    if (put->meta_len) /* memcpy takes no NULL, even of no bytes */
+        memcpy(at, put->meta, put->meta_len);
+    at += put->meta_len;
+    for (uint64_t segment = done / MF_SEGMENT; segment < segments; segment++) {
+        const uint8_t *from = (const uint8_t *)put->value + segment * MF_SEGMENT;
+        uint64_t left = put->value_len - segment * MF_SEGMENT, count = left < MF_SEGMENT ? left : MF_SEGMENT;
+        sums[segment] = mf_hash_copy(at + (segment * MF_SEGMENT - done), from, count, false);
+    }
+    memcpy(staged, sums, segments * sizeof *sums);
+    request->verb = MF_COMMIT;
+    mf_list_write(&list, queue, staged, (size_t)(at - staged) + tail, queue->landing, queue->landing_key);
+    mf_list_message(&list, queue, request, NULL, 0);
+    return mf_list_post(&list, queue, false);
+}
+
+/* MF_WAIT: a large value for which there are no whole spans; it can go over the stream. */
+int mf_verbs_change(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_request *request,
+                    struct mf_putting *put) {
+    if (request->key_len > MF_MAX_KEY || request->meta_len > MF_MAX_META)
+        return MF_BAD;
+    if (request->verb == MF_PUT && request->value_len > MF_MAX_PART)
+        return MF_TOO_LARGE;
+    bool small = request->verb != MF_PUT ||
+                 (uint64_t)request->key_len + request->meta_len + request->value_len <= MF_LANDING;
+    int status = small ? send_small(queue, request, put) : send_large(queue, stream, deadline, request, put);
+    return status == MF_OK ? finish(queue, stream, deadline, &put->replaced) : status;
+}
