@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from memfaas import auth, fabric
-from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, REVOKED, Link, TcpLink
+from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, REVOKED, Link, TcpLink, VerbsLink
 from memfaas.errors import (
     AccessError,
     CapacityError,
@@ -121,7 +121,7 @@ class Keeper:
         self.place = place
         """The newest that is known; its epoch never falls."""
         self.fallback: str | None = None
-        """Why a lease on this node is not used over shm."""
+        """Why it is used over tcp, although something better could be expected to work."""
         self.gone: str | None = None
         """Why the lease was said to be over. A donor that comes back may still prove it wrong."""
         self.vacant: str | None = None
@@ -230,7 +230,7 @@ class Keeper:
         wait = False
         try:
             link = self._current()
-            if reason == NEED_CONNECTION and isinstance(link, TcpLink):
+            if reason == NEED_CONNECTION and isinstance(link, TcpLink | VerbsLink):
                 # Timeouts cost connections that are not counted, so the limit is not held for ever.
                 if self._dialled >= MAX_CONNECTIONS and attempt < _PATIENT_ATTEMPTS:
                     wait = True
@@ -246,7 +246,7 @@ class Keeper:
 
     def _was_mended(self, link: Link | None, reason: int, attempt: int, entered: float) -> bool:
         """Whether another thread replaced the link, perhaps after it failed us."""
-        if link is None or self._is_behind() or (reason == BROKEN and not isinstance(link, TcpLink)):
+        if link is None or self._is_behind() or (reason == BROKEN and not isinstance(link, TcpLink | VerbsLink)):
             return False
         seen = self._operation.seen
         just_now = attempt == 1 and self._mended_at > entered - _JUST_MENDED_S
@@ -266,12 +266,12 @@ class Keeper:
             f"{self._what} on donor {self.place.donor} could not be reached within {self._broker.timeout:g} s"
         )
 
-    def _add_connection(self, link: TcpLink, attempt: int, deadline: float) -> None:
+    def _add_connection(self, link: TcpLink | VerbsLink, attempt: int, deadline: float) -> None:
         try:
             if self._ticket_is_old():
                 self._ask_broker(deadline)
             if not self._is_behind():
-                link.add(fabric.tcp.dial(self.place, deadline))
+                fabric.add_connection(link, self.place, deadline)
                 self._dialled += 1
                 return
         except (TransportError, AccessError, LeaseLost, CapacityError) as error:
@@ -285,10 +285,9 @@ class Keeper:
         if reason == REVOKED:
             self._over = max(self._over, self._linked)
         elif reason == BROKEN:
-            # It was over tcp. The core asks what the broken connection did, and can do so only over tcp.
+            # It was not over shm. The core asks the function what the broken connection did.
             self._in_doubt_until = max(self._in_doubt_until, deadline)
         in_doubt = time.monotonic() < self._in_doubt_until
-        choice: fabric.Choice = "tcp" if in_doubt else self._broker.fabric
         ask = not self._is_behind() and (reason == REVOKED or attempt > 1 or self._doubtful or self._ticket_is_old())
         telling: MemfaasError | None = None
         for round_ in itertools.count(1):
@@ -305,7 +304,7 @@ class Keeper:
             try:
                 if place.epoch <= self._over:
                     raise trouble or TransportError(f"{self._what} has left donor {place.donor}; where to is not known")
-                opened = fabric.open_link(place, choice, deadline, self._broker.timeout)
+                opened = fabric.open_link(place, self._broker.fabric, deadline, self._broker.timeout, served=in_doubt)
                 break
             except (AccessError, ProtocolError) as error:
                 if ask and trouble is None:  # with a fresh ticket, at the right place

@@ -40,7 +40,7 @@ DEFAULT_FILE = Path("~/.config/memfaas/memfaas.toml")
 _LONGEST_HOME = 80
 """Bytes of a donor's folder: a Unix socket's path has at most 107, and its name needs the rest."""
 
-Fabric = Literal["auto", "shm", "tcp"]
+Fabric = Literal["auto", "shm", "tcp", "verbs"]
 S = TypeVar("S", bound="Settings")
 
 
@@ -244,9 +244,9 @@ class ClientSettings(Settings):
         help="Whose stores and leases to use.",
     )
     fabric: Fabric = _setting(
-        accept.choice("auto", "shm", "tcp"),
+        accept.choice("auto", "shm", "tcp", "verbs"),
         "auto",
-        help="How bytes move: shm (same node) or tcp, which then must work; auto takes the best that does.",
+        help="How bytes move: shm (same node), verbs or tcp, which then must work; auto takes the best that does.",
     )
     timeout: float = _setting(
         accept.duration(0.001, 3600),

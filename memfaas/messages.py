@@ -110,6 +110,8 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     unix_path: str
     host: str
     port: int
+    verbs: str = ""
+    """The donor's RDMA device; empty: it has none."""
 
 
 class Place(Struct, frozen=True, kw_only=True):
@@ -674,7 +676,7 @@ class TicketHello(Message, frozen=True, kw_only=True):
     version: int
     ticket: bytes
     nonce: bytes
-    fabric: Literal["shm", "tcp", "move"]
+    fabric: Literal["shm", "tcp", "verbs", "move"]
     """`move`: a function that sends the whole lease."""
 
 
@@ -693,6 +695,18 @@ class Welcome(Message, frozen=True, kw_only=True):
 
     participant: int = 0
     """The client's number in the control memory (shm only)."""
+
+
+class VerbsHello(Message, frozen=True, kw_only=True):
+    """Client to memory function, after the handshake: its end of a queue pair."""
+
+    address: bytes
+
+
+class VerbsWelcome(Message, frozen=True, kw_only=True):
+    """The other end, and where the memory is. From here on both speak the tcp fabric's frames."""
+
+    welcome: bytes
 
 
 class Refused(Message, frozen=True, kw_only=True):

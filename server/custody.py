@@ -519,6 +519,8 @@ class Custody:
         except TransportError:
             self.state = state
             raise
+        if cut.registered and self._link is not None:
+            await self._link.process.kill()
         if cut.index is not None:
             self._size, self.punched = self._size - cut.size, 0
         if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more

@@ -33,13 +33,17 @@ logger = logging.getLogger(__name__)
 class Departure:
     """One attempt. `run` blocks, so it has a thread of its own; `stop` may be called from another.
 
-    `cut` ends the tcp connections of clients that may be too slow for an operation to end.
+    `cut` ends the tcp connections of clients that may be too slow for an operation to end; `close` keeps network
+    devices out.
     """
 
-    def __init__(self, memory: _native.Memory, target: Target, cut: Callable[[], None]) -> None:
+    def __init__(
+        self, memory: _native.Memory, target: Target, cut: Callable[[], None], close: Callable[[], None]
+    ) -> None:
         self._memory = memory
         self._target = target
         self._cut = cut
+        self._close = close
         self._name = target.place.lease.hex()[:8]
         self._sock: socket.socket | None = None
         self._stopped = False
@@ -71,8 +75,11 @@ class Departure:
         memory = self._memory
         size = 0
         try:
+            if memory.kind == "region":
+                self._close()  # nobody would note what devices write
             size = self._copy_in_use(sock.fileno(), deadline)
             frozen = time.monotonic()
+            self._close()
             if not memory.freeze():
                 return Sent(outcome="stayed", reason="its memory was needed", size=size)
             if not memory.drain(_SOON_S):

@@ -17,7 +17,7 @@ import trio
 from memfaas import auth, cgroups, node, rpc
 from memfaas.config import DonorSettings
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
-from memfaas.fabric import boot_id
+from memfaas.fabric import boot_id, verbs
 from memfaas.messages import (
     LONGEST_DEADLINE_S,
     Adopt,
@@ -280,7 +280,7 @@ class Agent:
                 os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
-        endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port)
+        endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port, verbs=verbs.local_device())
         custody = self._custody(spec, endpoint, descriptors, incoming)
         try:
             await self._nursery.start(custody.keep, self._nursery, self._pool)

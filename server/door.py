@@ -1,18 +1,20 @@
-"""Where clients come in to a lease's memory, over shm or tcp."""
+"""Where clients come in to a lease's memory, over shm, tcp or verbs."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
 from memfaas import _native, auth, rpc
-from memfaas.errors import AccessError, FabricUnavailable, MemfaasError
-from memfaas.messages import Welcome
+from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
+from memfaas.fabric import verbs
+from memfaas.messages import VerbsHello, VerbsWelcome, Welcome
 from memfaas.server import process
 from memfaas.server.doorman import Doorman, refuse
 from memfaas.server.fds import FdStream, peer_of
@@ -45,7 +47,8 @@ class Door:
         self._reaped = trio.Event()
 
     def links(self) -> dict[str, int]:
-        counts = {"shm": self._attached, "tcp": self._server.connections()}
+        verbs = self._server.verbs_connections()
+        counts = {"shm": self._attached, "tcp": max(0, self._server.connections() - verbs), "verbs": verbs}
         return {fabric: count for fabric, count in counts.items() if count}
 
     def cut(self) -> None:
@@ -70,16 +73,16 @@ class Door:
         await self._doorman.guarded(self._serve_shm, stream)
 
     async def _on_tcp(self, stream: trio.SocketStream) -> None:
-        await self._doorman.guarded(self._serve_tcp, stream)
+        await self._doorman.guarded(self._serve_remote, stream)
 
     # --- shm ------------------------------------------------------------------------------------
 
     async def _serve_shm(self, stream: trio.SocketStream) -> None:
-        ticket = await self._doorman.admit(stream, "shm")
-        if ticket is None:
+        admitted = await self._doorman.admit(stream, "shm")
+        if admitted is None:
             return
         try:
-            pid, pidfd = _identify(stream, ticket)
+            pid, pidfd = _identify(stream, admitted.ticket)
         except MemfaasError as error:
             await refuse(stream, error)
             raise
@@ -139,18 +142,41 @@ class Door:
                         "lease %s: an operation does not end, so what dead clients held stays held", self._name
                     )
 
-    # --- tcp ------------------------------------------------------------------------------------
+    # --- tcp and verbs --------------------------------------------------------------------------
 
-    async def _serve_tcp(self, stream: trio.SocketStream) -> None:
-        if await self._doorman.admit(stream, "tcp") is None:
+    async def _serve_remote(self, stream: trio.SocketStream) -> None:
+        admitted = await self._doorman.admit(stream, "tcp", "verbs")
+        if admitted is None:
             return
         process.notice_dead_peers(stream.socket)
         with trio.fail_after(rpc.HANDSHAKE_TIMEOUT_S):
             await rpc.send_message(stream, Welcome())
-        descriptor = stream.socket.detach()
-        os.set_blocking(descriptor, True)
-        self._server.serve(descriptor)
+            end = await self._queue_pair(stream) if admitted.fabric == "verbs" else None
+        with socket.socket(fileno=stream.socket.detach()) as sock:
+            sock.setblocking(True)
+            # Before the client knows of its end: then none of its messages comes too early.
+            self._server.serve(os.dup(sock.fileno()), end)
+            if end is not None:
+                rpc.send_message_blocking(sock, VerbsWelcome(welcome=end.welcome))
         self._on_change()
+
+    async def _queue_pair(self, stream: trio.SocketStream) -> _native.ServerEnd:
+        hello = await rpc.receive_message(stream)
+        try:
+            if not isinstance(hello, VerbsHello):
+                raise ProtocolError(f"expected the address of a queue pair, got {type(hello).__name__}")
+            device = verbs.local_device().encode()
+            return await trio.to_thread.run_sync(self._server.verbs_end, device, hello.address)
+        except MemfaasError as error:
+            await refuse(stream, error)
+            raise
+
+    def close_verbs(self, why: str) -> None:
+        """No network device can reach the memory when this returns; clients that come are told why. Blocks."""
+        self._server.close_verbs(why)
+
+    def open_verbs(self) -> None:
+        self._server.open_verbs()
 
 
 def start_time_of(pid: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from dataclasses import dataclass
 
 import trio
 
@@ -18,6 +18,14 @@ _STRANGERS = 64
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Admitted:
+    """Somebody with a ticket."""
+
+    ticket: auth.Ticket
+    fabric: str
+
+
 class Doorman:
     """Admits to one lease those that hold a ticket for its present epoch."""
 
@@ -27,22 +35,22 @@ class Doorman:
         self._ticket_key = ticket_key
         self._lobby = Lobby(_STRANGERS)
 
-    async def admit(self, stream: trio.abc.Stream, fabric: Literal["shm", "tcp", "move"]) -> auth.Ticket | None:
-        """The ticket; None for a client that took too long. One that is refused is told why."""
-        ticket = None
+    async def admit(self, stream: trio.abc.Stream, *fabrics: str) -> Admitted | None:
+        """Who comes over one of these; None for a client that took too long. One that is refused is told why."""
+        admitted = None
         with self._lobby.stranger(rpc.HANDSHAKE_TIMEOUT_S):
             try:
-                ticket = await self._handshake(stream, fabric)
+                admitted = await self._handshake(stream, fabrics)
             except MemfaasError as error:
                 await refuse(stream, error)
                 raise
-        return ticket
+        return admitted
 
-    async def _handshake(self, stream: trio.abc.Stream, fabric: Literal["shm", "tcp", "move"]) -> auth.Ticket:
+    async def _handshake(self, stream: trio.abc.Stream, fabrics: tuple[str, ...]) -> Admitted:
         hello = await rpc.receive_message(stream)
         auth.check_hello(hello)
-        if not isinstance(hello, TicketHello) or hello.fabric != fabric:
-            raise ProtocolError(f"expected the hello of a client over {fabric}")
+        if not isinstance(hello, TicketHello) or hello.fabric not in fabrics:
+            raise ProtocolError(f"expected the hello of a client over {' or '.join(fabrics)}")
         spec = self.spec
         ticket = auth.check_ticket(
             hello.ticket, lease=spec.lease, epoch=spec.epoch, tenant=spec.tenant, donor=self._donor
@@ -51,7 +59,7 @@ class Doorman:
         asked = auth.challenge(hello, key)
         await rpc.send_message(stream, asked)
         auth.check_answer(hello, asked, await rpc.receive_message(stream), key)
-        return ticket
+        return Admitted(ticket, hello.fabric)
 
     async def guarded(self, serve: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream) -> None:
         """What goes wrong with one client ends its connection only."""

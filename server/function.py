@@ -38,13 +38,13 @@ from memfaas.messages import (
 )
 from memfaas.server import process
 from memfaas.server.fds import FdStream, peer_of
-from memfaas.server.serving import DESCRIPTORS, Served
+from memfaas.server.serving import DESCRIPTORS, REMOTE, Served
 
 ORPHAN_LIFE_S = 300.0
 """How long a function waits for a new agent before it gives its memory back and ends."""
 _LEAVE_S = 5.0
 _REPORT_PAUSE_S = 0.1
-_TCP_CHECK_S = 5.0
+_REMOTE_CHECK_S = 5.0
 """Native threads end by themselves when their clients hang up; so often it is looked for."""
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,8 @@ class Function:
         told: tuple[rpc.Channel, FunctionReport] | None = None
         while True:
             # What was told last counts too: its connections may all have ended meanwhile.
-            told_tcp = told is not None and "tcp" in told[1].links
-            with trio.move_on_after(_TCP_CHECK_S if told_tcp or served.has_tcp_links() else math.inf):
+            told_remote = told is not None and not told[1].links.keys().isdisjoint(REMOTE)
+            with trio.move_on_after(_REMOTE_CHECK_S if told_remote or served.has_remote_links() else math.inf):
                 await self._changed.wait()
             self._changed = trio.Event()
             report = served.report()

@@ -22,6 +22,8 @@ from memfaas.server.doorman import Doorman
 from memfaas.server.memory import populated
 from memfaas.units import MIB, format_size
 
+REMOTE = ("tcp", "verbs")
+"""Fabrics whose links are threads, which end without saying so."""
 DESCRIPTORS = 4
 """Of a lease: data memory, control memory, Unix listener, tcp listener."""
 POPULATE_STEP = 4 * MIB
@@ -115,14 +117,15 @@ class Served:
     def report(self) -> FunctionReport:
         return FunctionReport(populated=populated(self._data) + populated(self._control), links=self._door.links())
 
-    def has_tcp_links(self) -> bool:
-        return "tcp" in self._door.links()
+    def has_remote_links(self) -> bool:
+        return not self._door.links().keys().isdisjoint(REMOTE)
 
     async def give_back(self) -> None:
         """Every operation of every client ends from now on, and the memory is free when this returns."""
         self._stopping = True
         self._scope.cancel()
         self._memory.revoke()
+        await trio.to_thread.run_sync(self._door.close_verbs, "the lease is over")
         await trio.to_thread.run_sync(os.ftruncate, self._data, 0)
         if self._arrival is not None:
             self._arrival.stop()
@@ -139,7 +142,9 @@ class Served:
         """
         if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
             raise TransportError(f"lease {self.name} cannot be sent now")
-        departure = self._departure = Departure(self._memory, target, self._door.cut)
+        departure = self._departure = Departure(
+            self._memory, target, self._door.cut, lambda: self._door.close_verbs("the lease is moving")
+        )
         self._departed = trio.Event()
         try:
             sent = await trio.to_thread.run_sync(departure.run, timeout_s)
@@ -148,6 +153,8 @@ class Served:
             self._departed.set()
         if sent.outcome == "in doubt":
             self.in_doubt = target
+        elif sent.outcome == "stayed" and not self._stopping:
+            self._door.open_verbs()
         return sent
 
     async def resume(self, epoch: int) -> None:
@@ -162,6 +169,8 @@ class Served:
         self._memory.set_epoch(epoch)
         self.in_doubt = None
         self._memory.thaw()
+        if not self._stopping:
+            self._door.open_verbs()
 
     # --- its pages ------------------------------------------------------------------------------
 
@@ -175,7 +184,12 @@ class Served:
         populating, self._populating = self._populating, None
         if populating is not None:  # or it would bring the pages back
             populating.join()
-        return self._memory.punch(self._data, size, _PUNCH_S)
+        self._door.close_verbs("memory of it is being given back to the node")  # what is registered is not given back
+        try:
+            return self._memory.punch(self._data, size, _PUNCH_S)
+        finally:
+            if not self._stopping and self._departure is None:
+                self._door.open_verbs()
 
     async def unpunch(self) -> None:
         """Raises CapacityError when its disk has no room for it; then some of it stays so."""

@@ -7,7 +7,7 @@ from memfaas.server.quotas import Quotas
 from memfaas.server.records import Lease, State, Store
 from memfaas.server.tables import Tables
 
-FABRICS = ["shm", "tcp"]
+FABRICS = ["shm", "tcp", "verbs"]
 """What every memory function of this version offers."""
 
 

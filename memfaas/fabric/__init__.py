@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from memfaas._native import VerbsLink
 from memfaas.errors import DeadlineExceeded, FabricUnavailable
-from memfaas.fabric import shm, tcp
+from memfaas.fabric import shm, tcp, verbs
 
 if TYPE_CHECKING:
     from memfaas._native import ShmLink, TcpLink
     from memfaas.messages import Place
 
-Choice = Literal["auto", "shm", "tcp"]
+Choice = Literal["auto", "shm", "tcp", "verbs"]
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 class Opened:
     """An open link, and how it was chosen."""
 
-    link: ShmLink | TcpLink
+    link: ShmLink | TcpLink | VerbsLink
     fallback: str | None = None
-    """Why this is not shm, although the lease is on this node."""
+    """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device."""
 
 
 @functools.cache
@@ -52,23 +53,39 @@ def check_reach(place: Place, choice: Choice) -> None:
         )
 
 
-def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float) -> Opened:
+def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float, *, served: bool = False) -> Opened:
     """Opens a link to a lease, by the best fabric that works or by the one that is pinned.
 
     `deadline` is a `time.monotonic()`; `timeout_s` is for each operation on the link, later.
+    `served`: the link is to ask the function something, which one over shm cannot.
     Raises FabricUnavailable, DeadlineExceeded, AccessError (TicketExpired), ProtocolError.
     """
     if not place.endpoint.node:
         raise FabricUnavailable(f"no donor holds lease {place.lease.hex()[:8]} now")
     check_reach(place, choice)
-    if choice == "shm":
+    if choice == "shm" and not served:
         return Opened(shm.open_link(place, deadline, timeout_s))
-    if choice == "tcp" or place.endpoint.node != boot_id():
-        return Opened(tcp.open_link(place, deadline, timeout_s))
+    if choice == "verbs":
+        return Opened(verbs.open_link(place, deadline, timeout_s))
+    here = place.endpoint.node == boot_id()
     try:
-        return Opened(shm.open_link(place, deadline, timeout_s))
+        if choice == "auto" and here and not served:
+            return Opened(shm.open_link(place, deadline, timeout_s))
+        if choice == "auto" and not here and place.endpoint.verbs and verbs.local_device():
+            return Opened(verbs.open_link(place, deadline, timeout_s))
     except (FabricUnavailable, DeadlineExceeded) as error:
         reason = str(error)
+    else:
+        return Opened(tcp.open_link(place, deadline, timeout_s))
     opened = Opened(tcp.open_link(place, deadline, timeout_s), fallback=reason)
-    log.warning("lease %s is on this node, but is used over tcp, which is slower: %s", place.lease.hex()[:8], reason)
+    where = "is on this node, but" if here else "could be reached over verbs, but"
+    log.warning("lease %s %s is used over tcp, which is slower: %s", place.lease.hex()[:8], where, reason)
     return opened
+
+
+def add_connection(link: TcpLink | VerbsLink, place: Place, deadline: float) -> None:
+    """One more of the same kind, for one more thread. Raises what `open_link` raises."""
+    if isinstance(link, VerbsLink):
+        verbs.add_connection(link, place, deadline)
+    else:
+        link.add(tcp.dial(place, deadline))

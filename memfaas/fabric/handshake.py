@@ -41,7 +41,7 @@ def time_left(deadline: float) -> float:
 
 
 def present_ticket(
-    sock: socket.socket, place: Place, fabric: Literal["shm", "tcp", "move"], deadline: float
+    sock: socket.socket, place: Place, fabric: Literal["shm", "tcp", "verbs", "move"], deadline: float
 ) -> messages.Welcome:
     """Proves that we hold the ticket, and that the other side is the function it is for.
 

@@ -63,15 +63,6 @@ static int access_of(const struct mf_memory *memory) {
     return memory->at.kind == MF_REGION ? access | IBV_ACCESS_REMOTE_ATOMIC : access;
 }
 
-/* To register punched spans would bring their pages back. */
-static bool is_punched(struct mf_memory *memory, uint64_t from, uint64_t to) {
-    for (uint64_t at = from; memory->at.kind == MF_SHARD && at < to; at += MF_SPAN)
-        if (at >= memory->at.heap && (at - memory->at.heap) / MF_SPAN < memory->at.spans &&
-            atomic_load(&memory->control->spans[(at - memory->at.heap) / MF_SPAN].holder) == MF_PUNCHED)
-            return true;
-    return false;
-}
-
 /* The key of a chunk, which is registered now if it was not. `registering` is held. */
 static int register_chunk(struct mf_verbs_server *verbs, uint64_t chunk, uint64_t *key) {
     struct mf_memory *memory = verbs->memory;
@@ -81,10 +72,11 @@ static int register_chunk(struct mf_verbs_server *verbs, uint64_t chunk, uint64_
         uint64_t from = chunk * MF_CHUNK, to = from + MF_CHUNK;
         if (to > memory->at.data_bytes)
             to = memory->at.data_bytes;
-        if (is_punched(memory, from, to))
-            return EBUSY;
-        /* From here on the pages are pinned: who cuts the memory off must end us, or they are not free. */
+        /* From here on the pages are pinned: who cuts the memory off must end us, or they are not free. It revokes
+         * first, and looks then; we the other way round, so one of us sees the other. */
         atomic_store(&memory->control->registered, 1);
+        if (atomic_load(&memory->control->state) == MF_STATE_REVOKED)
+            return EIDRM;
         verbs->registered[chunk] = mf_verbs.reg_mr(verbs->pd, memory->data + from, to - from, access_of(memory));
         if (!verbs->registered[chunk])
             return errno;
@@ -434,13 +426,15 @@ struct mf_end *mf_end_new(struct mf_server *server, const char *device, const st
     } else if (!mf_address_good(peer)) {
         snprintf(why, MF_WHY, "the client's address makes no sense");
         error = EPROTO;
+    } else if (mf_punched(verbs->memory)) { /* to register that would bring its pages back */
+        snprintf(why, MF_WHY, "some of its memory was given back to the node");
+        error = EBUSY;
     } else {
         error = prepare(verbs, device, why);
     }
     pthread_mutex_unlock(&verbs->mutex); /* what follows takes long, and `registering` keeps it open */
     if (!error && (error = register_chunk(verbs, 0, &first_key)))
-        snprintf(why, MF_WHY, "its memory cannot be registered: %s",
-                 error == EBUSY ? "some of it was given back to the node" : strerror(error));
+        snprintf(why, MF_WHY, "its memory cannot be registered: %s", strerror(error));
     pthread_mutex_lock(&verbs->mutex);
     if (!error) {
         end->next = verbs->all;
