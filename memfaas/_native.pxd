@@ -27,6 +27,11 @@ cdef extern from "memfaas.h" nogil:
         mf_control *control
         size_t populated
         uint32_t generation
+    struct mf_op:
+        uint64_t value_len
+        uint32_t chunks
+        uint8_t flags
+    int mf_get_copy(mf_op *op, void *into, void *meta)
     struct mf_replaced:
         uint32_t length
         uint8_t manifest[64]
@@ -146,6 +151,16 @@ cdef extern from "wire.h" nogil:
     int mf_link_region(mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
                        uint64_t c, uint64_t *before)
     mf_stream *mf_link_stream(mf_link *link)
+    enum:
+        MF_WANTED_MOST
+    struct mf_wanted:
+        const void *key
+        uint32_t key_len
+        int status
+    int mf_batch_put(mf_stream *stream, mf_request *request, const void *key, const void *value)
+    int mf_batch_reply(mf_link *link, mf_stream *stream, mf_replaced *replaced)
+    int mf_batch_get(mf_link *link, mf_stream *stream, mf_wanted *wanted, unsigned count)
+    int mf_batch_open(mf_link *link, mf_stream *stream, const mf_wanted *one, mf_op *found)
 
 
 cdef extern from "verbs.h" nogil:
@@ -158,7 +173,7 @@ cdef extern from "verbs.h" nogil:
     mf_end *mf_end_new(mf_server *server, const char *device, const mf_address *peer, mf_welcome *welcome, char *why)
     void mf_end_free(mf_end *end)
     void mf_verbs_close(mf_server *server, const char *why)
-    void mf_verbs_open(mf_server *server)
+    void mf_verbs_reopen(mf_server *server)
     int mf_verbs_connections(mf_server *server)
     mf_remote *mf_remote_new(const char *device, char *why)
     void mf_remote_free(mf_remote *remote)

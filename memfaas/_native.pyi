@@ -83,8 +83,8 @@ class Memory:
 
         Returns the state before."""
     state: State
-    registered: bool
-    """Whether network devices may reach it: then to truncate it frees nothing."""
+    def registered(self) -> bool:
+        """Whether network devices may reach it: then to truncate it frees nothing."""
     def thaw(self) -> bool:
         """Whoever waits for frozen memory goes on. False when it is not frozen (any more)."""
     def freeze(self) -> bool:

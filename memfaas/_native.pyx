@@ -153,7 +153,6 @@ cdef class Memory:
         self.check()
         return STATES.get(mf_revoke(&self.memory), "revoked")
 
-    @property
     def registered(self):
         self.check()
         return self.memory.control.registered != 0
@@ -333,7 +332,7 @@ cdef class Server:
             mf_verbs_close(self.server, reason)
 
     def open_verbs(self):
-        mf_verbs_open(self.server)
+        mf_verbs_reopen(self.server)
 
     def cut(self):
         mf_server_cut(self.server)
@@ -842,23 +841,26 @@ cdef class StoreCore:
         cdef dict by_shard = {}
         cdef Py_ssize_t i, shard
         for i in range(len(wanted)):
-            shard = self.shard_with_tcp(wanted[i])
+            shard = self.remote_shard(wanted[i])
             if shard < 0:
                 values[i] = self.get_or_none(wanted[i])
             else:
                 by_shard.setdefault(shard, []).append(i)
         for shard, indices in by_shard.items():
-            self.pipeline_gets(shard, indices, wanted, values)
+            if isinstance(self.links[shard], VerbsLink):
+                self.read_many(shard, indices, wanted, values)
+            else:
+                self.pipeline_gets(shard, indices, wanted, values)
         return values
 
-    cdef Py_ssize_t shard_with_tcp(self, object key) except -2:
+    cdef Py_ssize_t remote_shard(self, object key) except -2:
         """Where requests for it can be sent one behind the other; -1: nothing to gain."""
         cdef const char *k
         cdef Py_ssize_t n, shard
         key_bytes(key, &k, &n)
         shard = self.pick(k, n, 0)
         link = <Link>self.links[shard]
-        return shard if link is not None and link.link.fabric == MF_TCP else -1
+        return -1 if link is None or link.link.fabric == MF_SHM else shard
 
     cdef object get_or_none(self, object key):
         try:
@@ -919,13 +921,54 @@ cdef class StoreCore:
             values[<Py_ssize_t>indices[first]] = self.get_or_none(keys[<Py_ssize_t>indices[first]])
             first += 1
 
+    cdef int read_many(self, Py_ssize_t shard, list indices, list keys, list values) except -1:
+        """As pipeline_gets, over verbs: with two rounds of reads for each window."""
+        cdef mf_wanted wanted[MF_WANTED_MOST]
+        cdef mf_op found
+        cdef mf_stream *stream
+        cdef Link link
+        cdef const char *k
+        cdef Py_ssize_t n, index, first = 0
+        cdef unsigned i, count
+        cdef int status
+        cdef bytes value
+        while first < len(indices):
+            count = min(len(indices) - first, <Py_ssize_t>MF_WANTED_MOST)
+            for i in range(count):
+                key_bytes(keys[<Py_ssize_t>indices[first + i]], &k, &n)
+                wanted[i].key = k
+                wanted[i].key_len = n
+            link = <Link>self.links[shard]
+            stream = self.stream_of(link)
+            status = MF_NEED_CONNECTION
+            left = list(range(count))
+            if stream is not NULL and link.link.fabric == MF_VERBS:
+                left = []
+                with nogil:
+                    status = mf_batch_get(&link.link, stream, wanted, count)
+                for i in range(count):
+                    if status == MF_OK and wanted[i].status == MF_OK:
+                        wanted[i].status = mf_batch_open(&link.link, stream, &wanted[i], &found)
+                        if wanted[i].status == MF_OK and found.chunks == 0 and not found.flags & RARE:
+                            value = PyBytes_FromStringAndSize(NULL, found.value_len)
+                            if mf_get_copy(&found, PyBytes_AS_STRING(value), NULL) == MF_OK:
+                                values[<Py_ssize_t>indices[first + i]] = value
+                                continue
+                    left.append(i)
+            if stream is not NULL:
+                mf_pool_give(link.link.pool, stream)
+            for i in left:
+                index = indices[first + i]
+                values[index] = self.get_or_none(keys[index])
+            first += count
+
     def put_many(self, items):
         cdef list pairs = list(items.items()) if hasattr(items, "items") else list(items)
         cdef dict by_shard = {}
         cdef Py_ssize_t shard
         for name, value in pairs:
             key = as_key(name)  # one key may stand there as str and as bytes
-            shard = self.shard_with_tcp(key) if self.plain and type(value) is bytes else -1
+            shard = self.remote_shard(key) if self.plain and type(value) is bytes else -1
             if shard >= 0 and PyBytes_GET_SIZE(value) < MF_WINDOW:
                 by_shard.setdefault(shard, {})[key] = value
                 continue
@@ -965,13 +1008,11 @@ cdef class StoreCore:
                         clear(&request, MF_PUT, n)
                         request.value_len = PyBytes_GET_SIZE(value)
                         mf_number(stream, &request, &changes[end - start])
-                        status = mf_ask(stream, &request, k, NULL, PyBytes_AS_STRING(value))
+                        status = mf_batch_put(stream, &request, k, PyBytes_AS_STRING(value))
                         end += 1
                     while first < end and status == MF_OK:
                         with nogil:
-                            status = mf_pull_reply(stream, &pull)
-                            if status == MF_OK:
-                                status = mf_pull_replaced(stream, &pull, &put.replaced)
+                            status = mf_batch_reply(&link.link, stream, &put.replaced)
                         if status == MF_OK:
                             first += 1
                             if put.replaced.length:

@@ -130,7 +130,7 @@ def cut_off(data: int, control: int, *, keep_index: bool) -> Cut:
         logger.debug("a lease was cut off without a notice: %s", error)
     else:
         before = mapped.revoke()
-        registered = mapped.registered  # what is revoked is not registered any more: see native/verbs_serve.c
+        registered = mapped.registered()  # what is revoked is not registered any more: see native/verbs_serve.c
         if keep_index:
             index, left = mapped, _end_of_index(mapped)
         else:

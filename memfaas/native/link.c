@@ -1,6 +1,7 @@
 /* One operation on one link: on mapped memory by ourselves, over tcp by the function, over verbs by the device. */
 #include <string.h>
 
+#include "index.h"
 #include "verbs.h"
 
 static int usable(struct mf_link *link) {
@@ -16,7 +17,7 @@ static int take_stream(struct mf_link *link, struct mf_stream **stream) {
 }
 
 struct mf_stream *mf_link_stream(struct mf_link *link) {
-    return usable(link) == MF_OK && link->fabric == MF_TCP ? mf_pool_take(link->pool) : NULL;
+    return usable(link) == MF_OK && link->fabric != MF_SHM ? mf_pool_take(link->pool) : NULL;
 }
 
 /* A request without a value, and the head of its reply; the stream is the caller's then, in any case. */
@@ -301,4 +302,31 @@ int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *da
     *before = pull.reply.a;
     give(link, stream);
     return status;
+}
+
+/* --- batches ------------------------------------------------------------------------------------------------ */
+
+int mf_batch_put(struct mf_stream *stream, struct mf_request *request, const void *key, const void *value) {
+    struct mf_queue *queue = mf_queue_of(stream);
+    return queue ? mf_verbs_put_next(queue, request, key, value) : mf_ask(stream, request, key, NULL, value);
+}
+
+int mf_batch_reply(struct mf_link *link, struct mf_stream *stream, struct mf_replaced *replaced) {
+    struct mf_pull pull;
+    if (link->fabric == MF_VERBS)
+        return mind(stream, mf_verbs_put_reply(mf_queue_of(stream), stream, mf_now() + link->timeout, replaced));
+    int status = mf_pull_reply(stream, &pull);
+    return status == MF_OK ? mf_pull_replaced(stream, &pull, replaced) : status;
+}
+
+int mf_batch_get(struct mf_link *link, struct mf_stream *stream, struct mf_wanted *wanted, unsigned count) {
+    int64_t deadline = mf_now() + link->timeout;
+    return mind(stream, mf_verbs_get_many(mf_queue_of(stream), stream, deadline, wanted, count));
+}
+
+int mf_batch_open(struct mf_link *link, struct mf_stream *stream, const struct mf_wanted *one, struct mf_op *found) {
+    mf_op_begin(found, &link->remote->memory, 0);
+    found->hash = one->hash;
+    return mf_verbs_open(mf_queue_of(stream), one->at, mf_class_size(mf_slot_class(one->slot)), one->key, one->key_len,
+                         found);
 }

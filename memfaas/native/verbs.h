@@ -127,6 +127,14 @@ struct mf_remote { /* what a verbs link knows of the memory at its other end */
 #define MF_BULK_AT (MF_GROUPS_AT + (64u << 10))
 #define MF_QUEUE_BYTES (MF_BULK_AT + MF_BULK)
 
+/* A list of work requests, rung with one doorbell. */
+#define MF_LIST (MF_SENDS / 2)
+struct mf_list {
+    struct ibv_send_wr work[MF_LIST];
+    struct ibv_sge piece[MF_LIST];
+    unsigned count;
+};
+
 struct mf_queue { /* of one connection, used for one operation at a time */
     struct mf_remote *remote;
     struct mf_pair pair;
@@ -142,6 +150,8 @@ struct mf_queue { /* of one connection, used for one operation at a time */
     uint16_t order[MF_SLOTS]; /* slots with replies, in their order */
     uint16_t length[MF_SLOTS];
     bool armed;
+    struct mf_list batch; /* of changes that are not posted yet */
+    uint64_t batch_bytes; /* of the landing area, by those that have no reply yet */
 };
 struct mf_remote *mf_remote_new(const char *device, char *why);
 void mf_remote_free(struct mf_remote *remote);
@@ -151,13 +161,8 @@ int mf_queue_connect(struct mf_queue *queue, const struct mf_welcome *welcome, c
 int mf_queue_test(struct mf_queue *queue, int fd, int64_t deadline);
 void mf_queue_free(struct mf_queue *queue);
 
-/* A list of work requests, rung with one doorbell. All below give MF_OK, MF_TIMEOUT, MF_BROKEN, or what the function
- * answered. After an error the connection is not to be used again. */
-struct mf_list {
-    struct ibv_send_wr work[MF_SENDS / 2];
-    struct ibv_sge piece[MF_SENDS / 2];
-    unsigned count;
-};
+/* All below give MF_OK, MF_TIMEOUT, MF_BROKEN, or what the function answered. After an error the connection is not to
+ * be used again. */
 void mf_list_read(struct mf_list *list, struct mf_queue *queue, uint8_t *into, size_t length, uint64_t from,
                   uint32_t key);
 void mf_list_write(struct mf_list *list, struct mf_queue *queue, const uint8_t *from, size_t length, uint64_t to,
@@ -173,8 +178,16 @@ int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, uint64_t offs
 /* verbs_get.c, verbs_put.c, verbs_region.c */
 int mf_verbs_get(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t space, const void *key,
                  uint32_t key_len, struct mf_op *found);
+int mf_verbs_open(struct mf_queue *queue, uint64_t at, uint64_t size, const void *key, uint32_t key_len,
+                  struct mf_op *found);
 int mf_verbs_take(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_op *found, void *into,
                   void *meta);
+int mf_verbs_get_many(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_wanted *wanted,
+                      unsigned count);
+/* Changes one behind the other: what they need lies in the landing area until their replies come. MF_WAIT: first these. */
+int mf_verbs_put_next(struct mf_queue *queue, struct mf_request *request, const void *key, const void *value);
+int mf_verbs_put_reply(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline,
+                       struct mf_replaced *replaced);
 int mf_verbs_change(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_request *request,
                     struct mf_putting *put);
 int mf_verbs_region(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t verb, uint64_t offset,
@@ -191,7 +204,7 @@ int mf_end_key(struct mf_end *end, uint64_t chunk, uint64_t *key); /* a status *
 int mf_end_claim(struct mf_end *end);
 /* All queue pairs are destroyed and nothing is registered when this returns; new clients are told why. */
 void mf_verbs_close(struct mf_server *server, const char *why);
-void mf_verbs_open(struct mf_server *server);
+void mf_verbs_reopen(struct mf_server *server);
 int mf_verbs_connections(struct mf_server *server);
 void mf_verbs_free(struct mf_server *server);
 

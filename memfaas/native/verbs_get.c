@@ -31,22 +31,30 @@ static int fetch(struct mf_queue *queue, struct mf_stream *stream, int64_t deadl
     return status == MF_OK ? mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline) : status;
 }
 
-/* MF_CHANGED: the block was not the key's when it was read. */
-static int try_slot(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t slot, const void *key,
-                    uint32_t key_len, struct mf_op *found) {
-    uint8_t *into = queue->buffer + MF_BULK_AT;
-    const struct mf_block *block = (const struct mf_block *)into;
+/* Whether a slot makes sense: clients can write it. */
+static bool is_block(const struct mf_header *at, uint64_t slot) {
     uint64_t offset = mf_slot_offset(slot), size = mf_class_size(mf_slot_class(slot));
-    if (size < sizeof *block || size > MF_INLINE || !mf_in_heap(&found->memory->at, offset, size) ||
-        offset / MF_CHUNK != (offset + size - 1) / MF_CHUNK)
-        return MF_CHANGED;
-    int status = fetch(queue, stream, deadline, offset, size, into);
-    if (status != MF_OK)
-        return status;
+    return size >= sizeof(struct mf_block) && size <= MF_INLINE && mf_in_heap(at, offset, size) &&
+           offset / MF_CHUNK == (offset + size - 1) / MF_CHUNK;
+}
+
+/* Fills `found` from a block that was read to here. MF_CHANGED: it was not the key's when it was read. */
+int mf_verbs_open(struct mf_queue *queue, uint64_t at, uint64_t size, const void *key, uint32_t key_len,
+                  struct mf_op *found) {
+    const struct mf_block *block = (const struct mf_block *)(queue->buffer + at);
     bool good = mf_open_block(found, block, size) && block->linked == block->version && block->version != 0 &&
                 block->hash == found->hash && block->space == found->space && block->key_len == key_len &&
                 memcmp(block + 1, key, key_len) == 0;
     return good ? MF_OK : MF_CHANGED;
+}
+
+static int try_slot(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t slot, const void *key,
+                    uint32_t key_len, struct mf_op *found) {
+    if (!is_block(&queue->remote->memory.at, slot))
+        return MF_CHANGED;
+    uint64_t size = mf_class_size(mf_slot_class(slot));
+    int status = fetch(queue, stream, deadline, mf_slot_offset(slot), size, queue->buffer + MF_BULK_AT);
+    return status == MF_OK ? mf_verbs_open(queue, MF_BULK_AT, size, key, key_len, found) : status;
 }
 
 static int try_groups(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, const void *key,
@@ -152,4 +160,58 @@ int mf_verbs_take(struct mf_queue *queue, struct mf_stream *stream, int64_t dead
         return mf_get_copy(found, into, meta) == MF_OK ? MF_OK : MF_CHANGED;
     memcpy(meta, found->meta, found->meta_len); /* before the buffer is used again */
     return take_pieces(queue, stream, deadline, found, into);
+}
+
+/* --- many ---------------------------------------------------------------------------------------------------- */
+
+static void choose_slot(struct mf_queue *queue, struct mf_wanted *one) {
+    uint64_t slots[MF_GROUP];
+    memcpy(slots, queue->buffer + one->at, sizeof slots);
+    for (unsigned i = 0; i < MF_GROUP && !one->slot; i++)
+        if (mf_slot_fits(slots[i], one->hash, 0))
+            one->slot = slots[i];
+    if (one->slot)
+        atomic_store_explicit(place_of(queue->remote, one->hash), one->slot, memory_order_relaxed);
+}
+
+/* All groups with one doorbell, then all blocks with another one. */
+int mf_verbs_get_many(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_wanted *wanted,
+                      unsigned count) {
+    struct mf_remote *remote = queue->remote;
+    const struct mf_header *at = &remote->memory.at;
+    struct mf_list list = {.count = 0};
+    uint64_t room = MF_BULK_AT;
+    uint32_t key;
+    int status = at->kind == MF_SHARD && count <= MF_WANTED_MOST ? MF_OK : MF_BAD;
+    for (unsigned i = 0; i < count && status == MF_OK; i++) {
+        struct mf_wanted *one = &wanted[i];
+        one->status = MF_CHANGED;
+        one->hash = mf_hash_key(one->key, one->key_len, 0);
+        one->slot = atomic_load_explicit(place_of(remote, one->hash), memory_order_relaxed);
+        one->at = MF_GROUPS_AT + i * MF_GROUP * sizeof(mf_slot);
+        if (mf_slot_fits(one->slot, one->hash, 0))
+            continue;
+        one->slot = 0;
+        uint64_t group = mf_group_offset(mf_home_group(at, one->hash));
+        if ((status = mf_queue_key(queue, stream, group, &key)) == MF_OK)
+            mf_list_read(&list, queue, queue->buffer + one->at, MF_GROUP * sizeof(mf_slot), remote->data + group, key);
+    }
+    if (status == MF_OK && list.count && (status = mf_list_post(&list, queue, true)) == MF_OK)
+        status = mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline);
+    for (unsigned i = 0; i < count && status == MF_OK; i++) {
+        struct mf_wanted *one = &wanted[i];
+        if (!one->slot)
+            choose_slot(queue, one);
+        uint64_t offset = mf_slot_offset(one->slot), size = mf_class_size(mf_slot_class(one->slot));
+        if (!one->slot || !is_block(at, one->slot) || size > MF_QUEUE_BYTES - room)
+            continue;
+        one->at = room;
+        one->status = MF_OK;
+        room += size;
+        if ((status = mf_queue_key(queue, stream, offset, &key)) == MF_OK)
+            mf_list_read(&list, queue, queue->buffer + one->at, size, remote->data + offset, key);
+    }
+    if (status == MF_OK && list.count && (status = mf_list_post(&list, queue, true)) == MF_OK)
+        status = mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline);
+    return status;
 }

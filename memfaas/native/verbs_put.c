@@ -8,35 +8,61 @@
 static int finish(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_replaced *replaced) {
     struct mf_reply reply;
     int status = mf_queue_reply(queue, stream->fd, &reply, replaced->manifest, MF_MAX_MANIFEST, deadline);
+    replaced->length = 0;
     if (status == MF_OK)
         replaced->length = (uint32_t)reply.value_len;
     return status;
 }
 
-/* All of it in the message, if it fits there, or else in the landing area. */
-static int send_small(struct mf_queue *queue, struct mf_request *request, const struct mf_putting *put) {
-    struct mf_list list = {.count = 0};
-    uint64_t values = request->verb == MF_PUT ? put->value_len : 0, length = request->key_len;
-    struct iovec payload[3] = {{(void *)put->key, put->key_len}, {(void *)put->meta, put->meta_len},
-                               {(void *)put->value, values}};
-    size_t count = request->verb == MF_PUT ? 3 : 1;
-    if (request->verb == MF_PUT) {
-        length += put->meta_len + values;
-        request->c = mf_value_sum(put->meta, put->meta_len, put->value, values);
-    }
+/* Adds the work to a list: all of it in the message, if it fits there, or else in the landing area, staged at the
+ * same place of our own buffer. Returns the bytes there. */
+static uint64_t add_small(struct mf_list *list, struct mf_queue *queue, struct mf_request *request,
+                          const struct iovec *payload, size_t count) {
+    uint64_t length = 0, at = request->landing;
+    for (size_t i = 0; i < count; i++)
+        length += payload[i].iov_len;
     if (length && sizeof *request + length <= MF_SLOT) {
-        mf_list_message(&list, queue, request, payload, count);
-        return mf_list_post(&list, queue, false);
+        mf_list_message(list, queue, request, payload, count);
+        return 0;
     }
     uint8_t *staged = queue->buffer + MF_BULK_AT;
-    uint64_t at = 0;
     for (size_t i = 0; i < count; at += payload[i++].iov_len)
         if (payload[i].iov_len) /* memcpy takes no NULL, even of no bytes */
             memcpy(staged + at, payload[i].iov_base, payload[i].iov_len);
     if (length)
-        mf_list_write(&list, queue, staged, length, queue->landing, queue->landing_key);
-    mf_list_message(&list, queue, request, NULL, 0);
+        mf_list_write(list, queue, staged + request->landing, length, queue->landing + request->landing,
+                      queue->landing_key);
+    mf_list_message(list, queue, request, NULL, 0);
+    return length;
+}
+
+static int send_small(struct mf_queue *queue, struct mf_request *request, const struct mf_putting *put) {
+    struct mf_list list = {.count = 0};
+    struct iovec payload[3] = {{(void *)put->key, put->key_len}, {(void *)put->meta, put->meta_len},
+                               {(void *)put->value, put->value_len}};
+    if (request->verb == MF_PUT)
+        request->c = mf_value_sum(put->meta, put->meta_len, put->value, put->value_len);
+    add_small(&list, queue, request, payload, request->verb == MF_PUT ? 3 : 1);
     return mf_list_post(&list, queue, false);
+}
+
+int mf_verbs_put_next(struct mf_queue *queue, struct mf_request *request, const void *key, const void *value) {
+    struct iovec payload[2] = {{(void *)key, request->key_len}, {(void *)value, request->value_len}};
+    if (queue->sent == queue->taken)
+        queue->batch_bytes = 0;
+    if (queue->sent - queue->taken >= MF_REMEMBERED || queue->batch.count + 2 > MF_LIST ||
+        queue->batch_bytes + request->key_len + request->value_len > MF_LANDING)
+        return MF_WAIT;
+    request->landing = (uint32_t)queue->batch_bytes;
+    request->c = mf_value_sum(NULL, 0, value, request->value_len);
+    queue->batch_bytes += add_small(&queue->batch, queue, request, payload, 2);
+    return MF_OK;
+}
+
+int mf_verbs_put_reply(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline,
+                       struct mf_replaced *replaced) {
+    int status = mf_list_post(&queue->batch, queue, false);
+    return status == MF_OK ? finish(queue, stream, deadline, replaced) : status;
 }
 
 /* Whole spans go where they will lie; each is hashed while it is copied into a buffer that the device knows. */

@@ -517,7 +517,7 @@ void mf_verbs_close(struct mf_server *server, const char *why) {
     pthread_mutex_unlock(&verbs->registering);
 }
 
-void mf_verbs_open(struct mf_server *server) {
+void mf_verbs_reopen(struct mf_server *server) {
     struct mf_verbs_server *verbs = server_of(server);
     if (!verbs)
         return;

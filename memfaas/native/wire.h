@@ -172,6 +172,22 @@ int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t 
 int mf_link_stats(struct mf_link *link, struct mf_stats *out);
 int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *data, uint64_t length, uint64_t b,
                    uint64_t c, uint64_t *before);
-struct mf_stream *mf_link_stream(struct mf_link *link); /* for a pipeline; NULL: none, or not tcp */
+struct mf_stream *mf_link_stream(struct mf_link *link); /* for a batch; NULL: none, or shm */
+
+/* A batch of puts on one stream: requests one behind the other, then as many replies. MF_WAIT: replies first. */
+int mf_batch_put(struct mf_stream *stream, struct mf_request *request, const void *key, const void *value);
+int mf_batch_reply(struct mf_link *link, struct mf_stream *stream, struct mf_replaced *replaced);
+
+/* A batch of gets on a stream of a verbs link, one-sided. What is not MF_OK then is to be asked for singly. */
+#define MF_WANTED_MOST 48u
+struct mf_wanted {
+    const void *key;
+    uint32_t key_len;
+    int status;
+    uint64_t hash, slot;
+    uint64_t at; /* in the queue's buffer */
+};
+int mf_batch_get(struct mf_link *link, struct mf_stream *stream, struct mf_wanted *wanted, unsigned count);
+int mf_batch_open(struct mf_link *link, struct mf_stream *stream, const struct mf_wanted *one, struct mf_op *found);
 
 #endif

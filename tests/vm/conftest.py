@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
+from memfaas.testing import fsck
 from tests.vm import machine
 
 _INSIDE = "TESTS_ARE_IN_VM"
 _REPORTS = "reports"
+_FSCK = "fsck.so"
 _BOOT_S = 120.0
 _TEST_S = 200.0
 """For each test, on a machine that is busy with other things too."""
@@ -110,11 +112,16 @@ class _Run:
         self._results: dict[str, _Result] = {name: _Result() for name in tests}
         settings = ["-c", str(Path(__file__).with_name("inside.ini")), f"--rootdir={root}"]
         with tempfile.TemporaryDirectory(prefix="mf-vm-", dir="/tmp") as name:
+            fsck.build(Path(name, _FSCK))  # a compiler takes a minute inside
             self._outcome = machine.run(
                 [sys.executable, "-m", "pytest", *settings, *tests],
                 root,
                 Path(name),
-                environment={_INSIDE: "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+                environment={
+                    _INSIDE: "1",
+                    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                    fsck.BUILT: str(machine.SHARED / _FSCK),
+                },
                 cpus=wanted.cpus,
                 memory=wanted.memory,
                 timeout_s=_BOOT_S + _TEST_S * len(tests),
