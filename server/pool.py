@@ -16,8 +16,8 @@ import trio
 from memfaas.errors import TransportError
 from memfaas.server.fds import FdStream
 
-_FORK_S = 10.0
-"""The first fork waits for the zygote to load everything; later ones take milliseconds."""
+_FORK_S = 60.0
+"""The first fork waits for the zygote to load everything, seconds on a slow node; later ones take milliseconds."""
 _REFILL_PAUSE_S = 0.1
 _END_S = 5.0
 

@@ -69,7 +69,7 @@ def takes_all(answer: Message | None) -> Callable[[socket.socket], None]:
 
 
 def send(memory: Any, timeout_s: float = LIMIT_S) -> Sent:
-    return Departure(memory, TARGET, lambda: None).run(timeout_s)
+    return Departure(memory, TARGET, lambda: None, lambda: None).run(timeout_s)
 
 
 class Faulty:

@@ -20,7 +20,7 @@ from memfaas.units import MIB
 from tests.e2e import moves
 from tests.e2e.crew import Crew
 from tests.e2e.moves import EVERYTHING, PATIENT_S, operator
-from tests.e2e.scene import functions_of, kill, until
+from tests.e2e.scene import functions_of, idle_functions_of, kill, until
 
 pytestmark = [pytest.mark.vm(cpus=2, memory="2G"), pytest.mark.slow]
 
@@ -33,6 +33,7 @@ NOISE = random.Random(6).randbytes(5 * MIB)
 def cluster() -> Iterator[LocalCluster]:
     local.START_S = 100.0  # it is emulated, with a disk that is far away
     with LocalCluster(donors=2, memory=160 * MIB) as cluster:
+        until(lambda: idle_functions_of(cluster) == 2 * moves.WARM)
         with memfaas.connect(cluster.address, timeout=PATIENT) as session:
             session.store("s", size=48 * MIB, persistent=True)
         yield cluster
