@@ -13,7 +13,9 @@ class ShardDetails:
 
     donor: str
     fabric: str | None
-    """How it is reached: `shm` or `tcp`; None when it is lost, out of reach, or dropped and not granted anew."""
+    """`shm`, `verbs` or `tcp`; None when it is lost, out of reach, or dropped and not granted anew."""
+    device: str | None
+    """Over verbs: the RDMA device, port and address of this node that is used, as NAME:PORT:GID."""
     fallback: str | None
     """Why it is not reached over shm, although it is on this node."""
     trouble: str | None

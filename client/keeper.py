@@ -87,6 +87,7 @@ class Broker(Protocol):
     """What a keeper needs of its session."""
 
     fabric: fabric.Choice
+    device: str
     timeout: float
 
     def locate(self, lease: bytes, timeout_s: float) -> Place: ...
@@ -122,6 +123,8 @@ class Keeper:
         """The newest that is known; its epoch never falls."""
         self.fallback: str | None = None
         """Why it is used over tcp, although something better could be expected to work."""
+        self.device: str | None = None
+        """This node's RDMA device that is used, while it is reached over verbs."""
         self.gone: str | None = None
         """Why the lease was said to be over. A donor that comes back may still prove it wrong."""
         self.vacant: str | None = None
@@ -304,7 +307,14 @@ class Keeper:
             try:
                 if place.epoch <= self._over:
                     raise trouble or TransportError(f"{self._what} has left donor {place.donor}; where to is not known")
-                opened = fabric.open_link(place, self._broker.fabric, deadline, self._broker.timeout, served=in_doubt)
+                opened = fabric.open_link(
+                    place,
+                    self._broker.fabric,
+                    deadline,
+                    self._broker.timeout,
+                    device=self._broker.device,
+                    served=in_doubt,
+                )
                 break
             except (AccessError, ProtocolError) as error:
                 if ask and trouble is None:  # with a fresh ticket, at the right place
@@ -323,6 +333,7 @@ class Keeper:
                 raise telling
             ask = self.place.epoch == place.epoch
         self.fallback = self.fallback if in_doubt else opened.fallback
+        self.device = opened.device
         self._dialled = 1
         self._replace(opened.link, place.epoch)
         log.debug("%s: opened a %s link to donor %s", self._what, opened.link.fabric, place.donor)

@@ -79,6 +79,7 @@ class Session:
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self.fabric: Choice = settings.fabric
+        self.device = settings.device
         self.timeout = settings.timeout
         self._credentials = auth.read_credentials(settings.secret_path, settings.tenant)
         self._closed = False

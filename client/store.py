@@ -241,9 +241,11 @@ class Store(StoreCore):
         if keeper.vacant is not None:
             stats, trouble = {}, keeper.vacant
         link = self._get_link(shard)
+        reached = link is not None and trouble is None
         return ShardDetails(
             donor=keeper.place.donor,
-            fabric=link.fabric if link is not None and trouble is None else None,
+            fabric=link.fabric if link is not None and reached else None,
+            device=keeper.device if reached else None,
             fallback=keeper.fallback,
             trouble=trouble,
             epoch=keeper.place.epoch,

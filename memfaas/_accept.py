@@ -106,6 +106,15 @@ def store_name(value: Any) -> str:
     return value
 
 
+def device(value: Any) -> str:
+    # The choice among several is made where it is used: what a port is like may change.
+    if value in ("", "auto"):
+        return ""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,60}(:[1-9][0-9]{0,2}(:[0-9]{1,3})?)?", text(value)):
+        raise UsageError(f"{value!r} is not an RDMA device: NAME[:PORT[:GID]], like mlx5_0 or mlx5_0:1:3")
+    return text(value)
+
+
 def path(value: Any) -> Path:
     words = str(value) if isinstance(value, Path) else text(value)
     if "\0" in words:

@@ -109,6 +109,16 @@ def _secret_setting() -> Any:
     )
 
 
+def _device_setting() -> Any:
+    return _setting(
+        accept.device,
+        "",
+        shown="auto, the first active port with RoCE v2 or InfiniBand",
+        help="RDMA device of this node to use: NAME[:PORT[:GID]], as `memfaas doctor` lists them.",
+        shared_env="MEMFAAS_DEVICE",
+    )
+
+
 # --- the settings of each role --------------------------------------------------------------------
 
 
@@ -197,6 +207,7 @@ class DonorSettings(Settings):
         shown="auto, its address on the way to the broker",
         help="Address of this node that clients reach it by.",
     )
+    device: str = _device_setting()
     runtime_dir: Path = _setting(
         accept.path,
         factory=_default_runtime_dir,
@@ -248,6 +259,7 @@ class ClientSettings(Settings):
         "auto",
         help="How bytes move: shm (same node), verbs or tcp, which then must work; auto takes the best that does.",
     )
+    device: str = _device_setting()
     timeout: float = _setting(
         accept.duration(0.001, 3600),
         10.0,

@@ -151,6 +151,8 @@ class DonorInfo(Struct, frozen=True, kw_only=True):
     memory: Memory
     leases: int
     fabrics: list[str]
+    device: str = ""
+    """Its RDMA device, NAME:PORT:GID; empty: it has none that works."""
     spill: bool = False
     """Its memory is a file in local scratch."""
     reclaimed: dict[str, int] = {}
@@ -465,6 +467,8 @@ class Register(Message, frozen=True, kw_only=True):
     """Leases that it still waits for, or receives."""
     spill: bool = False
     """It lends a file in local scratch: chosen last, left first."""
+    device: str = ""
+    """Its RDMA device, NAME:PORT:GID; empty: it has none that works."""
 
 
 class DonorReport(Message, frozen=True, kw_only=True):

@@ -145,7 +145,14 @@ class Broker:
             raise UsageError(f"a donor named {name!r} is connected already; each needs a name of its own")
         self._donors[name] = channel
         outcome = self.tables.register(
-            name, message.node, message.host, message.memory, message.held, message.spill, message.arriving
+            name,
+            message.node,
+            message.host,
+            message.memory,
+            message.held,
+            message.spill,
+            message.arriving,
+            message.device,
         )
         logger.info("donor %s at %s: registered, holds %d leases", name, message.host, len(message.held))
         if message.held:

@@ -17,7 +17,8 @@ import trio
 from memfaas import auth, cgroups, node, rpc
 from memfaas.config import DonorSettings
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ProtocolError, TransportError, UsageError
-from memfaas.fabric import boot_id, verbs
+from memfaas.fabric import boot_id
+from memfaas.fabric.devices import chosen_device, local_device
 from memfaas.messages import (
     LONGEST_DEADLINE_S,
     Adopt,
@@ -116,8 +117,10 @@ class Agent:
         """Until cancelled: then all memory is given back before this returns.
 
         When it ends by an error the functions stay, for the next agent. Raises AccessError,
-        UsageError, ProtocolError.
+        UsageError, ProtocolError, FabricUnavailable (there is no such RDMA device).
         """
+        if self._settings.device:
+            logger.info("donor %s: uses RDMA device %s", self._name, chosen_device(self._settings.device))
         self._home.enter()
         try:
             services = trio.CancelScope(shield=True)
@@ -280,7 +283,8 @@ class Agent:
                 os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
-        endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port, verbs=verbs.local_device())
+        device = local_device(self._settings.device)
+        endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self._host, port=port, verbs=device)
         custody = self._custody(spec, endpoint, descriptors, incoming)
         try:
             await self._nursery.start(custody.keep, self._nursery, self._pool)
@@ -472,6 +476,7 @@ class Agent:
             held=[one.held for one in self._custodies.values() if one.state in ("serving", "moving")],
             arriving=[one.spec.lease for one in self._custodies.values() if one.state == "arriving"],
             spill=self._settings.backing is not None,
+            device=local_device(self._settings.device),
         )
         answer = await channel.request(register, Registered, _REGISTER_S)
         logger.info("donor %s: registered, lends %s", self._name, format_size(self._reclaimer.offered))

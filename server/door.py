@@ -13,7 +13,6 @@ import trio
 
 from memfaas import _native, auth, rpc
 from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
-from memfaas.fabric import verbs
 from memfaas.messages import VerbsHello, VerbsWelcome, Welcome
 from memfaas.server import process
 from memfaas.server.doorman import Doorman, refuse
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 class Door:
     """Admits clients to one lease's memory, and cleans up behind those that die or leave.
 
+    `device` is the RDMA device of this node for clients over verbs, NAME:PORT:GID, or empty.
     `on_change` is called whenever the number of links may have changed.
     """
 
@@ -35,12 +35,14 @@ class Door:
         memory: _native.Memory,
         descriptors: list[int],
         doorman: Doorman,
+        device: str,
         on_change: Callable[[], None],
     ) -> None:
         self._memory = memory
         self._server = _native.Server(memory)
         self._descriptors = descriptors
         self._doorman = doorman
+        self._device = device
         self._name = doorman.spec.lease.hex()[:8]
         self._on_change = on_change
         self._attached = 0
@@ -165,8 +167,9 @@ class Door:
         try:
             if not isinstance(hello, VerbsHello):
                 raise ProtocolError(f"expected the address of a queue pair, got {type(hello).__name__}")
-            device = verbs.local_device().encode()
-            return await trio.to_thread.run_sync(self._server.verbs_end, device, hello.address)
+            if not self._device:
+                raise FabricUnavailable("verbs: the donor had no RDMA device that works when it granted the lease")
+            return await trio.to_thread.run_sync(self._server.verbs_end, self._device.encode(), hello.address)
         except MemfaasError as error:
             await refuse(stream, error)
             raise

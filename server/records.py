@@ -82,6 +82,7 @@ class Donor:
     arriving: set[bytes] = field(default_factory=set)
     """Leases that are moving here."""
     spill: bool = False
+    device: str = ""
     reclaimed: dict[str, int] = field(default_factory=dict)
     """Bytes, by who took them back."""
 

@@ -37,6 +37,7 @@ class Registry(Moves):
         held: list[HeldLease],
         spill: bool = False,
         arriving: Iterable[bytes] = (),
+        device: str = "",
     ) -> Outcome:
         """A donor connects and says what it holds. `Outcome.free` has what it must drop.
 
@@ -47,6 +48,7 @@ class Registry(Moves):
             donor = self.donors[name] = Donor(name, node, host, memory)
             donor.arriving = self._expected_at(name)
         donor.node, donor.host, donor.memory, donor.spill = node, host, memory, spill
+        donor.device = device
         donor.connected, donor.lost_at = True, math.inf
         self.accounts.donor_offers(name, memory.offered)
         identities = {one.spec.lease for one in held}

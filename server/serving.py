@@ -95,7 +95,8 @@ class Served:
         if not self.message.fresh:
             await trio.to_thread.run_sync(self._memory.reap, 0)
         self._doorman = Doorman(spec, self.message.donor, self.message.ticket_key)
-        self._door = Door(self._memory, [self._data, self._control], self._doorman, self._on_change)
+        device = self.message.endpoint.verbs
+        self._door = Door(self._memory, [self._data, self._control], self._doorman, device, self._on_change)
         if self.message.incoming is not None:
             self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)
 

@@ -8,7 +8,7 @@ from memfaas.server.records import Lease, State, Store
 from memfaas.server.tables import Tables
 
 FABRICS = ["shm", "tcp", "verbs"]
-"""What every memory function of this version offers."""
+"""What memory functions of this version offer, verbs where there is an RDMA device."""
 
 
 def report(tables: Tables, quotas: Quotas, tenant: str | None, now: float, uptime: float) -> StatusReport:
@@ -23,7 +23,8 @@ def report(tables: Tables, quotas: Quotas, tenant: str | None, now: float, uptim
                 connected=donor.connected,
                 memory=donor.memory,
                 leases=sum(tables.leases[one].state is State.HELD for one in donor.leases),
-                fabrics=FABRICS,
+                fabrics=FABRICS if donor.device else [one for one in FABRICS if one != "verbs"],
+                device=donor.device,
                 spill=donor.spill,
                 reclaimed=donor.reclaimed,
             )

@@ -31,8 +31,8 @@ COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "ls": ([[]], set()),
     "rm": ([["key"]], set()),
     # --node is the donor's name, the tenant is the operator, and nothing moves over a fabric.
-    "reclaim": ([["--node", "d", "--bytes", "1"], ["--local", "--bytes", "1"]], {"name", "tenant", "fabric"}),
-    "lend": ([["--node", "d"], ["--local"]], {"name", "tenant", "fabric"}),
+    "reclaim": ([["--node", "d", "--bytes", "1"], ["--local", "--bytes", "1"]], {"name", "tenant", "fabric", "device"}),
+    "lend": ([["--node", "d"], ["--local"]], {"name", "tenant", "fabric", "device"}),
     "slurm install": ([["--dir", "hooks", "--slurm-conf", "slurm.conf", "--stores"]], set()),
     "slurm scan": ([[]], set()),
 }
@@ -133,6 +133,7 @@ def values(broker_alone: LocalCluster, tmp_path: Path, monkeypatch: pytest.Monke
     return {
         "backing": "scratch",
         "broker": broker_alone.address.partition("?")[0],
+        "device": "mlx5_1:2:3",
         "fabric": "tcp",
         "headroom": "3GiB",
         "lease_ttl": "7s",

@@ -13,7 +13,7 @@ from memfaas.config import Settings
 S = TypeVar("S", bound=Settings)
 F = TypeVar("F", bound=Callable[..., Any])
 
-SESSION = ("broker", "secret_file", "tenant", "fabric", "timeout")
+SESSION = ("broker", "secret_file", "tenant", "fabric", "device", "timeout")
 """The settings of a session that uses no store of its own."""
 
 

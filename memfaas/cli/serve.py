@@ -105,7 +105,7 @@ def donor(until_eof: bool, **given: Any) -> None:
 
 @click.command()
 @settings_options(BrokerSettings)
-@settings_options(DonorSettings, only=("name", "memory", "headroom", "backing", "runtime_dir", "warm"))
+@settings_options(DonorSettings, only=("name", "memory", "headroom", "backing", "device", "runtime_dir", "warm"))
 def up(**given: Any) -> None:
     """Run a broker and a donor on this machine, in the foreground.
 

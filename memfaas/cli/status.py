@@ -136,7 +136,7 @@ def donor_table(report: StatusReport) -> Table:
     table = make_table(
         "donors",
         *("donor", "host", "lends", ">offered", ">leased", ">populated", ">available", ">headroom", ">leases"),
-        "taken back",
+        *("RDMA", "taken back"),
         spare=("host", "headroom", "populated", "lends", "leases"),
         fold=("taken back",),
     )
@@ -149,7 +149,7 @@ def donor_table(report: StatusReport) -> Table:
             ", ".join(f"{format_size(size)} by {holder}" for holder, size in sorted(one.reclaimed.items()) if size)
             or "-"
         )
-        table.add_row(name, one.host, kind, *map(format_size, amounts), str(one.leases), taken)
+        table.add_row(name, one.host, kind, *map(format_size, amounts), str(one.leases), one.device or "-", taken)
     return table
 
 

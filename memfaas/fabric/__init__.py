@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from memfaas._native import VerbsLink
 from memfaas.errors import DeadlineExceeded, FabricUnavailable
 from memfaas.fabric import shm, tcp, verbs
+from memfaas.fabric.devices import chosen_device, local_device
 
 if TYPE_CHECKING:
     from memfaas._native import ShmLink, TcpLink
@@ -32,6 +33,8 @@ class Opened:
     link: ShmLink | TcpLink | VerbsLink
     fallback: str | None = None
     """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device."""
+    device: str | None = None
+    """Over verbs: the RDMA device, port and address of this node that is used, as NAME:PORT:GID."""
 
 
 @functools.cache
@@ -53,10 +56,13 @@ def check_reach(place: Place, choice: Choice) -> None:
         )
 
 
-def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float, *, served: bool = False) -> Opened:
+def open_link(
+    place: Place, choice: Choice, deadline: float, timeout_s: float, *, device: str = "", served: bool = False
+) -> Opened:
     """Opens a link to a lease, by the best fabric that works or by the one that is pinned.
 
     `deadline` is a `time.monotonic()`; `timeout_s` is for each operation on the link, later.
+    `device`: NAME[:PORT[:GID]] of the RDMA device to use; empty: the first that works.
     `served`: the link is to ask the function something, which one over shm cannot.
     Raises FabricUnavailable, DeadlineExceeded, AccessError (TicketExpired), ProtocolError.
     """
@@ -66,13 +72,13 @@ def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float, *
     if choice == "shm" and not served:
         return Opened(shm.open_link(place, deadline, timeout_s))
     if choice == "verbs":
-        return Opened(verbs.open_link(place, deadline, timeout_s))
+        return _open_verbs(place, device, deadline, timeout_s)
     here = place.endpoint.node == boot_id()
     try:
         if choice == "auto" and here and not served:
             return Opened(shm.open_link(place, deadline, timeout_s))
-        if choice == "auto" and not here and place.endpoint.verbs and verbs.local_device():
-            return Opened(verbs.open_link(place, deadline, timeout_s))
+        if choice == "auto" and not here and place.endpoint.verbs and (device or local_device()):
+            return _open_verbs(place, device, deadline, timeout_s)
     except (FabricUnavailable, DeadlineExceeded) as error:
         reason = str(error)
     else:
@@ -81,6 +87,11 @@ def open_link(place: Place, choice: Choice, deadline: float, timeout_s: float, *
     where = "is on this node, but" if here else "could be reached over verbs, but"
     log.warning("lease %s %s is used over tcp, which is slower: %s", place.lease.hex()[:8], where, reason)
     return opened
+
+
+def _open_verbs(place: Place, wanted: str, deadline: float, timeout_s: float) -> Opened:
+    device = chosen_device(wanted)
+    return Opened(verbs.open_link(place, device, deadline, timeout_s), device=device)
 
 
 def add_connection(link: TcpLink | VerbsLink, place: Place, deadline: float) -> None:

@@ -6,42 +6,24 @@ other over the connection, after the handshake with the ticket.
 
 from __future__ import annotations
 
-import os
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memfaas import messages, rpc
 from memfaas._native import VerbsLink
-from memfaas.errors import FabricUnavailable, ProtocolError, from_code
+from memfaas.errors import ProtocolError, from_code
 from memfaas.fabric.handshake import mapped_errors, present_ticket, time_left
 
 if TYPE_CHECKING:
     from memfaas.messages import Place
 
-_DEVICES = Path("/sys/class/infiniband")
 
+def open_link(place: Place, device: str, deadline: float, timeout_s: float) -> VerbsLink:
+    """A link with one connection, which has been tried, from the device NAME:PORT:GID of this node.
 
-def local_device() -> str:
-    """The RDMA device of this node to use, as device[:port[:GID index]]; empty when there is none that works.
-
-    $MEMFAAS_DEVICE, or the first one with an active port.
+    Raises FabricUnavailable and what `tcp.open_link` raises.
     """
-    pinned = os.environ.get("MEMFAAS_DEVICE")
-    if pinned:
-        return pinned
-    for state in sorted(_DEVICES.glob("*/ports/*/state")):
-        try:
-            if "ACTIVE" in state.read_text():
-                return f"{state.parent.parent.parent.name}:{state.parent.name}"
-        except OSError:
-            pass  # it was unplugged just now
-    return ""
-
-
-def open_link(place: Place, deadline: float, timeout_s: float) -> VerbsLink:
-    """A link with one connection, which has been tried. Raises FabricUnavailable and what `tcp.open_link` raises."""
-    link = VerbsLink(_device().encode(), timeout_s)
+    link = VerbsLink(device.encode(), timeout_s)
     add_connection(link, place, deadline)
     return link
 
@@ -66,10 +48,3 @@ def add_connection(link: VerbsLink, place: Place, deadline: float) -> None:
         sock.setblocking(True)
         link.add(sock.fileno(), pair, answer.welcome)
         sock.detach()
-
-
-def _device() -> str:
-    device = local_device()
-    if not device:
-        raise FabricUnavailable("verbs: this node has no RDMA device with an active port")
-    return device

@@ -50,6 +50,7 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout: float = 0.3) -> None:
         self.fabric: fabric.Choice = "auto"
+        self.device = ""
         self.timeout = timeout
         self.closed = False
         self.link: Link | None = None
