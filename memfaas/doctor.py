@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from memfaas import cgroups
+from memfaas.errors import FabricUnavailable, MemfaasError
+from memfaas.fabric import devices, loopback
 from memfaas.node import (
     HUGE_PAGES,
     MEMORY_FILE_SYSTEMS,
@@ -36,6 +38,8 @@ _ENOUGH_FILES = 16_384
 _ENOUGH_BACKLOG = 1024
 _POPULATE_SINCE = (5, 14)
 _CAP_IPC_LOCK = 14
+_GETS_LIBIBVERBS = "sudo apt-get install ibverbs-providers   # with libibverbs1"
+_GETS_PROVIDERS = "sudo apt-get install ibverbs-providers"
 _LIBRARIES = ("numpy", "trio", "msgpack", "msgspec", "lz4", "click", "rich")
 
 
@@ -65,6 +69,8 @@ class Node:
     which: Callable[[str], str | None] = field(default=shutil.which)
     backing: Path | None = None
     """Of its donor's settings."""
+    device: str = ""
+    """The RDMA device that is pinned, if one is."""
     has_module: Callable[[str], bool] = field(default=lambda name: importlib.util.find_spec(name) is not None)
 
     def read(self, path: str) -> str | None:
@@ -299,27 +305,81 @@ def _fuse(node: Node) -> Iterator[Check]:
 
 
 def _rdma(node: Node) -> Iterator[Check]:
-    name = "RDMA"
-    folder = node.root / "sys/class/infiniband"
-    devices = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    if not devices:
-        yield Check(name, "missing", "no RDMA device", "other nodes are reached over tcp")
+    known = devices.read_kernel(node.root / devices.FOLDER.relative_to("/"))
+    if not known:
+        yield Check("RDMA", "ok", "no RDMA device", "other nodes are reached over tcp")
         return
-    found = ", ".join(devices)
-    if not node.has_module("pyverbs"):
-        meaning = "the devices are there, but Python cannot use them: other nodes are reached over tcp"
-        yield Check(name, "missing", f"{found}; no pyverbs", meaning, "sudo apt-get install python3-pyverbs")
-        return
+    yield _libibverbs()
+    yield from _ports(known)
+    yield from _abilities()
+    yield _loopback(known, node.device)
+
+
+def _libibverbs() -> Check:
+    name = "RDMA library"
     try:
-        # Not before there is a device: the import fails when it does not match the system's libibverbs.
-        importlib.import_module("pyverbs.device")
-    except ImportError as error:
-        meaning = "pyverbs must be of the same release as the system's rdma-core"
-        yield Check(name, "missing", f"{found}; {error}", meaning, "sudo apt-get install python3-pyverbs")
-    else:
+        found = f"libibverbs.so.1 of rdma-core {devices.libibverbs_version()}"
+    except FabricUnavailable as error:
+        return Check(name, "missing", str(error), "other nodes are reached over tcp", _GETS_LIBIBVERBS)
+    return Check(name, "ok", found, "memfaas opens RDMA devices through it, of whatever release")
+
+
+def _ports(known: list[devices.Device]) -> Iterator[Check]:
+    for device in known:
+        for port in device.ports:
+            name = f"RDMA {device.name}:{port.number}"
+            gids = ", ".join(f"{gid.index}: {gid.address} ({gid.kind})" for gid in port.gids)
+            found = f"{port.link_layer}, {port.state}; GIDs {gids or 'none'}"
+            if port.state != "active":
+                remedy = f"rdma link show {device.name}/{port.number}   # then set its network interface up"
+                yield Check(name, "missing", found, "this port is not used", remedy)
+            elif port.best_gid() is None:
+                remedy = "rdma link show   # then give its network interface an IP address"
+                yield Check(name, "missing", found, "this port has no address of RoCE v2 or InfiniBand", remedy)
+            else:
+                yield Check(name, "ok", found, "this port can be used")
+
+
+def _abilities() -> Iterator[Check]:
+    """What the devices themselves say, which only pyverbs can ask from Python."""
+    name = "pyverbs"
+    try:
+        found = devices.discover()
+    except devices.PyverbsMissing as error:
+        meaning = "what the devices can do is not known here; memfaas uses them all the same"
+        yield Check(name, "missing", str(error), meaning, error.remedy)
+        return
+    except FabricUnavailable as error:
+        yield Check(name, "missing", str(error), "no program can open the devices", _GETS_PROVIDERS)
+        return
+    yield Check(name, "ok", f"pyverbs {devices.pyverbs_version()}", f"programs can open {len(found)} devices")
+    for one in found:
+        can = one.ability
         yield Check(
-            name, "ok", f"{found}; pyverbs {_version('pyverbs')}", "RDMA, which a later version brings, can be used"
+            f"RDMA {one.device.name}",
+            "ok" if can.atomics else "slow",
+            f"firmware {can.firmware or 'unknown'}, {can.queue_pairs} queue pairs, {can.regions} memory regions of at "
+            f"most {format_size(can.largest_region)}, {can.reads} reads at once",
+            "its atomics are one-sided" if can.atomics else "it has no atomics: those of regions go over tcp",
         )
+
+
+def _loopback(known: list[devices.Device], wanted: str) -> Check:
+    """A page written and read through the device by the code that clients and functions use."""
+    name = "RDMA loopback"
+    over_tcp = "other nodes are reached over tcp"
+    try:
+        device = devices.choose(known, wanted)
+    except FabricUnavailable as error:
+        return Check(name, "missing", str(error), over_tcp)
+    try:
+        took = loopback.measure(device)
+    except (MemfaasError, OSError) as error:
+        memlock = "RDMA pins memory: with CAP_IPC_LOCK or a higher limit of locked memory it may work; "
+        limited = isinstance(error, OSError) or "memory" in str(error)
+        return Check(name, "missing", f"{device}: {error}", (memlock if limited else "") + over_tcp, _GETS_PROVIDERS)
+    found = f"{device}: a page written in {took.write_us:.0f} us and read in {took.read_us:.0f} us"
+    return Check(name, "ok", found, "both were right; this is the device that is used")
 
 
 _CHECKS: tuple[Callable[[Node], Iterator[Check]], ...] = (

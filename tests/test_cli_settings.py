@@ -18,12 +18,13 @@ from memfaas.cli import main, options
 from memfaas.client.local import LocalCluster
 from memfaas.config import Settings
 
-MODULES = ("data", "reclaim", "serve", "slurm", "status", "usage")
+MODULES = ("check", "data", "reclaim", "serve", "slurm", "status", "usage")
 COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "broker": ([[]], set()),
     "donor": ([[]], set()),
     "up": ([[]], {"broker"}),  # it is up's own
     "tenant": ([["ada", "ada.key"]], set()),
+    "doctor": ([[]], set()),
     "status": ([[]], set()),
     "usage": ([[]], set()),
     "put": ([["key", "file"]], set()),

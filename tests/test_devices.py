@@ -89,7 +89,7 @@ def test_what_is_pinned_and_cannot_be_used_has_a_reason(node: list[Device], want
 
 def test_a_node_without_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.read_kernel(tmp_path / "absent") == []
-    with pytest.raises(FabricUnavailable, match="this node has no RDMA device$"):
+    with pytest.raises(FabricUnavailable, match=r"this node has no RDMA device$"):
         devices.choose([])
     monkeypatch.setattr(devices, "read_kernel", lambda: [])
     assert devices.local_device() == ""

@@ -13,6 +13,7 @@ import pytest
 from memfaas import doctor
 from memfaas.cli import main
 from memfaas.doctor import Check, Node
+from memfaas.fabric import devices, loopback
 from memfaas.units import GIB, MIB
 
 SHMEM = "sys/kernel/mm/transparent_hugepage/shmem_enabled"
@@ -182,27 +183,69 @@ def test_the_file_system_names_all_that_is_lacking(tmp_path: Path) -> None:
     assert check("file system", complete).state == "ok"
 
 
-def test_rdma_without_devices_and_without_a_library(tmp_path: Path) -> None:
-    found = check("RDMA", node(tmp_path, {}))
-    assert (found.state, found.found, found.remedy) == ("missing", "no RDMA device", None)
-    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
-    found = check("RDMA", node(tmp_path, {}))
-    assert found.state == "missing"
-    assert "mlx5_0" in found.found
-    assert "pyverbs" in (found.remedy or "")
+def test_a_node_without_rdma_is_no_failure_and_takes_one_line(tmp_path: Path) -> None:
+    found = [one for one in doctor.examine(node(tmp_path, {})) if "RDMA" in one.name or "verbs" in one.name]
+    assert [(one.name, one.state, one.found, one.remedy) for one in found] == [("RDMA", "ok", "no RDMA device", None)]
 
 
-def test_rdma_with_a_library_that_does_not_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sys/class/infiniband/mlx5_0").mkdir(parents=True)
-    reason = "libibverbs.so.1: version IBVERBS_PRIVATE_59 not found"
+def port(state: str, address: str = "fe80::1") -> dict[str, str]:
+    base = "sys/class/infiniband/mlx5_0/ports/1"
+    return {
+        f"{base}/state": state,
+        f"{base}/link_layer": "Ethernet",
+        f"{base}/gids/0": address,
+        f"{base}/gid_attrs/types/0": "RoCE v2",
+    }
 
-    def fail(name: str) -> None:
-        raise ImportError(reason)
 
-    monkeypatch.setattr("importlib.import_module", fail)
-    found = check("RDMA", node(tmp_path, {}, has_module=lambda name: True))
-    assert found.state == "missing"
-    assert reason in found.found
+@pytest.fixture
+def devices_in_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was tried in a loopback; there is no hardware."""
+    tried: list[str] = []
+
+    def measure(device: str) -> loopback.Took:
+        tried.append(device)
+        return loopback.Took(write_us=2.0, read_us=3.0)
+
+    monkeypatch.setattr(loopback, "measure", measure)
+    ability = devices.Ability(firmware="20.1", largest_region=GIB, regions=7, queue_pairs=9, reads=16, atomics=True)
+    there = [devices.Found(devices.Device("mlx5_0", ()), ability)]
+    monkeypatch.setattr(devices, "discover", lambda: there)
+    monkeypatch.setattr(devices, "libibverbs_version", lambda: "44.0")
+    return tried
+
+
+def test_an_rdma_device_is_shown_and_tried(tmp_path: Path, devices_in_hand: list[str]) -> None:
+    where = node(tmp_path, port("4: ACTIVE"))
+    assert check("RDMA mlx5_0:1", where).found == "Ethernet, active; GIDs 0: fe80::1 (RoCE v2)"
+    assert "9 queue pairs, 7 memory regions of at most 1 GiB, 16 reads" in check("RDMA mlx5_0", where).found
+    assert "rdma-core 44.0" in check("RDMA library", where).found
+    assert "written in 2 us and read in 3 us" in check("RDMA loopback", where).found
+    assert set(devices_in_hand) == {"mlx5_0:1:0"}
+
+
+def test_a_port_that_is_down_is_not_tried(tmp_path: Path, devices_in_hand: list[str]) -> None:
+    where = node(tmp_path, port("1: DOWN"))
+    assert (check("RDMA mlx5_0:1", where).state, check("RDMA loopback", where).state) == ("missing", "missing")
+    assert "is down" in check("RDMA loopback", where).found
+    assert devices_in_hand == []
+
+
+def test_a_pinned_device_is_tried(tmp_path: Path, devices_in_hand: list[str]) -> None:
+    where = node(tmp_path, port("4: ACTIVE"), device="mlx5_3")
+    assert "this node has no RDMA device mlx5_3" in check("RDMA loopback", where).found
+
+
+def test_pyverbs_that_does_not_match_is_said_with_its_remedy(
+    tmp_path: Path, devices_in_hand: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise devices.PyverbsMissing("pyverbs 59.0 does not match", "install another")
+
+    monkeypatch.setattr(devices, "discover", fail)
+    found = check("pyverbs", node(tmp_path, port("4: ACTIVE")))
+    assert (found.state, found.found, found.remedy) == ("missing", "pyverbs 59.0 does not match", "install another")
+    assert not found.required
 
 
 # --- the command --------------------------------------------------------------------------------------

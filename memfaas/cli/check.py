@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import click
 from rich.text import Text
 
 from memfaas import doctor as checks
 from memfaas.cli.listing import make_console, make_table
-from memfaas.cli.options import load
-from memfaas.config import DonorSettings
+from memfaas.cli.options import load, settings_options
+from memfaas.config import ClientSettings, DonorSettings
 
 _STYLES = {"ok": "green", "slow": "yellow", "missing": "red"}
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
+@settings_options(ClientSettings, only=("device",))
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, as_json: bool, **given: Any) -> None:
     """Say what on this node is missing or slow, and the command that mends it.
 
-    Nothing is changed. The exit status is 1 when something is missing that memfaas cannot do
+    Nothing is changed. Where there are RDMA devices, a page is written and read through the one that
+    is used. The exit status is 1 when something is missing that memfaas cannot do
     without, and 0 otherwise.
     """
     found = checks.examine(checks.Node(backing=load(DonorSettings, {}).backing))

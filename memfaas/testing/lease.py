@@ -112,10 +112,16 @@ class BareRegion(RegionCore):
 
 
 class BareLease:
-    """Memory, the function that serves it, and its clients, all in this process."""
+    """Memory, the function that serves it, and its clients, all in this process.
 
-    def __init__(self, kind: Kind, size: int, *, timeout_s: float = 30.0, arriving: bool = False) -> None:
+    `device`: the RDMA device of both ends, for links over verbs; empty: the first that works.
+    """
+
+    def __init__(
+        self, kind: Kind, size: int, *, timeout_s: float = 30.0, arriving: bool = False, device: str = ""
+    ) -> None:
         self.timeout_s = timeout_s
+        self._device = device.encode()
         self.data_fd, self.control_fd = make_memory(kind, size, arriving=arriving)
         self.memory = Memory(self.data_fd, self.control_fd)
         self.server = Server(self.memory)
@@ -156,14 +162,14 @@ class BareLease:
         return link
 
     def verbs_link(self, connections: int = 1) -> VerbsLink:
-        link = VerbsLink(b"", self.timeout_s)
+        link = VerbsLink(self._device, self.timeout_s)
         for _ in range(connections):
             self.add_queue_pair(link)
         return link
 
     def add_queue_pair(self, link: VerbsLink) -> None:
         pair = link.queue_pair()
-        end = self.server.verbs_end(b"", pair.address)
+        end = self.server.verbs_end(self._device, pair.address)
         near, far = tcp_pair()
         self.server.serve(far.detach(), end)
         link.add(near.detach(), pair, end.welcome)

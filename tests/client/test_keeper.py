@@ -87,9 +87,18 @@ class World:
         self.link = link
         self.installed += 1
 
-    def _open(self, where: messages.Place, choice: fabric.Choice, deadline: float, timeout_s: float) -> fabric.Opened:
+    def _open(
+        self,
+        where: messages.Place,
+        choice: fabric.Choice,
+        deadline: float,
+        timeout_s: float,
+        *,
+        device: str,
+        served: bool,
+    ) -> fabric.Opened:
         self.opened.append(where)
-        self.choices.append(choice)
+        self.choices.append("tcp" if served else choice)  # as the fabric does
         return fabric.Opened(self.opening(where))
 
     def _dial(self, where: messages.Place, deadline: float) -> int:
