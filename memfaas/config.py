@@ -114,7 +114,7 @@ def _device_setting() -> Any:
         accept.device,
         "",
         shown="auto, the first active port with RoCE v2 or InfiniBand",
-        help="RDMA device of this node to use: NAME[:PORT[:GID]], as `memfaas doctor` lists them.",
+        help="RDMA device of this node to use: NAME[:PORT[:GID]], as memfaas doctor lists them.",
         shared_env="MEMFAAS_DEVICE",
     )
 

@@ -21,7 +21,7 @@ _STYLES = {"ok": "green", "slow": "yellow", "missing": "red"}
 @click.option("--json", "as_json", is_flag=True, help="For programs: a list of objects.")
 @settings_options(ClientSettings, only=("device",))
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool, **given: Any) -> None:
+def doctor(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     """Say what on this node is missing or slow, and the command that mends it.
 
     Nothing is changed. Where there are RDMA devices, a page is written and read through the one that
