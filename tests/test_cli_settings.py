@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "donor": ([[]], set()),
     "up": ([[]], {"broker"}),  # it is up's own
     "tenant": ([["ada", "ada.key"]], set()),
-    "doctor": ([[]], set()),
+    "doctor": ([[]], {"backing"}),  # it examines the folder that the settings name
     "status": ([[]], set()),
     "usage": ([[]], set()),
     "put": ([["key", "file"]], set()),

@@ -28,7 +28,9 @@ def doctor(ctx: click.Context, /, as_json: bool, **given: Any) -> None:
     is used. The exit status is 1 when something is missing that memfaas cannot do
     without, and 0 otherwise.
     """
-    found = checks.examine(checks.Node(backing=load(DonorSettings, {}).backing))
+    found = checks.examine(
+        checks.Node(backing=load(DonorSettings, {}).backing, device=load(ClientSettings, given).device)
+    )
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(check) for check in found], indent=2))
     else:
