@@ -175,6 +175,8 @@ cdef extern from "verbs.h" nogil:
     void mf_verbs_close(mf_server *server, const char *why)
     void mf_verbs_reopen(mf_server *server)
     int mf_verbs_connections(mf_server *server)
+    bint mf_verbs_ahead_begin(mf_server *server)
+    int mf_verbs_ahead(mf_server *server, char *why)
     mf_remote *mf_remote_new(const char *device, char *why)
     void mf_remote_free(mf_remote *remote)
     mf_queue *mf_queue_new(mf_remote *remote, mf_address *address, char *why)

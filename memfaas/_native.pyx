@@ -334,6 +334,18 @@ cdef class Server:
     def open_verbs(self):
         mf_verbs_reopen(self.server)
 
+    def begin_registering(self):
+        return mf_verbs_ahead_begin(self.server)
+
+    def register_more(self):
+        cdef char why[MF_WHY]
+        cdef int status
+        with nogil:
+            status = mf_verbs_ahead(self.server, why)
+        if status == MF_BROKEN:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        return status == MF_OK
+
     def cut(self):
         mf_server_cut(self.server)
 

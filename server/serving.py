@@ -32,6 +32,9 @@ _POPULATE_NICE = 10
 _STOP_TCP_S = 1.0
 _PUNCH_S = 0.05
 """How long to wait for what was freed just now, which nobody can use before."""
+_MOVING = "the lease is moving"
+_PUNCHING = "memory of it is being given back to the node"
+"""Why it is not served over verbs."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +98,8 @@ class Served:
         if not self.message.fresh:
             await trio.to_thread.run_sync(self._memory.reap, 0)
         self._doorman = Doorman(spec, self.message.donor, self.message.ticket_key)
-        device = self.message.endpoint.verbs
+        # What is registered is pinned in memory, and a disk is to relieve that.
+        device = "" if self.message.spill else self.message.endpoint.verbs
         self._door = Door(self._memory, [self._data, self._control], self._doorman, device, self._on_change)
         if self.message.incoming is not None:
             self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)
@@ -144,19 +148,19 @@ class Served:
         if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
             raise TransportError(f"lease {self.name} cannot be sent now")
         departure = self._departure = Departure(
-            self._memory, target, self._door.cut, lambda: self._door.close_verbs("the lease is moving")
+            self._memory, target, self._door.cut, lambda: self._door.close_verbs(_MOVING)
         )
         self._departed = trio.Event()
         try:
             sent = await trio.to_thread.run_sync(departure.run, timeout_s)
+            if sent.outcome == "in doubt":
+                self.in_doubt = target
+            elif sent.outcome == "stayed":
+                await trio.to_thread.run_sync(self._door.open_verbs, _MOVING)
+            return sent
         finally:
             self._departure = None
             self._departed.set()
-        if sent.outcome == "in doubt":
-            self.in_doubt = target
-        elif sent.outcome == "stayed" and not self._stopping:
-            self._door.open_verbs()
-        return sent
 
     async def resume(self, epoch: int) -> None:
         """What was sent will never be served there."""
@@ -170,8 +174,7 @@ class Served:
         self._memory.set_epoch(epoch)
         self.in_doubt = None
         self._memory.thaw()
-        if not self._stopping:
-            self._door.open_verbs()
+        await trio.to_thread.run_sync(self._door.open_verbs, _MOVING)
 
     # --- its pages ------------------------------------------------------------------------------
 
@@ -185,12 +188,11 @@ class Served:
         populating, self._populating = self._populating, None
         if populating is not None:  # or it would bring the pages back
             populating.join()
-        self._door.close_verbs("memory of it is being given back to the node")  # what is registered is not given back
+        self._door.close_verbs(_PUNCHING)  # what is registered is not given back
         try:
             return self._memory.punch(self._data, size, _PUNCH_S)
         finally:
-            if not self._stopping and self._departure is None:
-                self._door.open_verbs()
+            self._door.open_verbs(_PUNCHING)
 
     async def unpunch(self) -> None:
         """Raises CapacityError when its disk has no room for it; then some of it stays so."""

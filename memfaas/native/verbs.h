@@ -5,7 +5,7 @@
  * change a store it writes into what the function has lent it, its landing area and reserved spans, and sends a
  * request behind it, which one thread of the function executes.
  *
- * The memory is registered in chunks, when first used, each with a key of its own; all that a function registers
+ * The memory is registered in chunks, ahead or when first used, each with a key of its own (verbs_chunks.c); all that a function registers
  * is in one protection domain, so its clients reach its own lease and their landing areas, and nothing else. */
 #ifndef MEMFAAS_VERBS_H
 #define MEMFAAS_VERBS_H
@@ -206,6 +206,11 @@ int mf_end_claim(struct mf_end *end);
 void mf_verbs_close(struct mf_server *server, const char *why);
 void mf_verbs_reopen(struct mf_server *server);
 int mf_verbs_connections(struct mf_server *server);
+/* Registers the chunks that no client has asked for yet, one with each call, while there are clients and it is open.
+ * True: nobody does so yet, so the caller is to, until the other one is not MF_OK: MF_ABSENT, it is done; MF_BROKEN,
+ * `why` says which limit does not let it. */
+bool mf_verbs_ahead_begin(struct mf_server *server);
+int mf_verbs_ahead(struct mf_server *server, char *why);
 void mf_verbs_free(struct mf_server *server);
 
 #endif

@@ -138,6 +138,7 @@ int mf_verbs_change(struct mf_queue *queue, struct mf_stream *stream, int64_t de
         return MF_TOO_LARGE;
     bool small = request->verb != MF_PUT ||
                  (uint64_t)request->key_len + request->meta_len + request->value_len <= MF_LANDING;
-    int status = small ? send_small(queue, request, put) : send_large(queue, stream, deadline, request, put);
+    struct mf_request ours = *request; /* the caller's may still have to go over the stream */
+    int status = small ? send_small(queue, &ours, put) : send_large(queue, stream, deadline, &ours, put);
     return status == MF_OK ? finish(queue, stream, deadline, &put->replaced) : status;
 }
