@@ -12,8 +12,8 @@ import trio
 
 from memfaas.errors import LeaseLost, MemfaasError, ProtocolError
 from memfaas.messages import Adopt, Serving
-from memfaas.server.custody import FunctionLink
 from memfaas.server.fds import FdStream, peer_of
+from memfaas.server.function_peer import FunctionPeer
 from memfaas.server.home import Home
 from memfaas.server.pool import FunctionProcess
 from memfaas.server.serving import DESCRIPTORS
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Adopted:
     """A function that serves us now, what it serves, and the descriptors of that, which are ours."""
 
-    link: FunctionLink
+    function: FunctionPeer
     serving: Serving
     descriptors: list[int]
 
@@ -50,29 +50,29 @@ async def _adopt(path: Path, nursery: trio.Nursery) -> Adopted | None:
     """None when its lease was over, and its memory is free."""
     stream = FdStream((await trio.open_unix_socket(str(path))).socket)
     pid, _ = peer_of(stream.socket)
-    link = FunctionLink(FunctionProcess(pid, stream))
-    nursery.start_soon(link.run)
+    function = FunctionPeer(FunctionProcess(pid, stream))
+    nursery.start_soon(function.run)
     try:
-        return await _ask_to_serve_us(link)
+        return await _ask_to_serve_us(function)
     except LeaseLost:
-        await link.ended.wait()  # when it has ended its memory is free: until then we must not say so
-        await link.process.let_go()
+        await function.ended.wait()  # when it has ended its memory is free: until then we must not say so
+        await function.process.let_go()
         return None
     except BaseException:
-        await link.process.let_go()
+        await function.process.let_go()
         raise
 
 
-async def _ask_to_serve_us(link: FunctionLink) -> Adopted:
-    stream = link.process.stream
+async def _ask_to_serve_us(function: FunctionPeer) -> Adopted:
+    stream = function.process.stream
     log = _log_descriptor()
     try:
         stream.attach([log])
-        serving = await link.channel.request(Adopt(), Serving)
+        serving = await function.channel.request(Adopt(), Serving)
     finally:
         os.close(log)
     try:
-        return Adopted(link, serving, stream.take(DESCRIPTORS))
+        return Adopted(function, serving, stream.take(DESCRIPTORS))
     except ValueError as error:
         raise ProtocolError(str(error)) from None
 

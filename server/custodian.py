@@ -116,8 +116,8 @@ class Custodian:
     async def _take_over(self, adopted: Adopted) -> None:
         serving = adopted.serving
         custody = self._custody(serving.spec, serving.endpoint, adopted.descriptors, 0.0 if serving.incoming else None)
-        await self._nursery.start(custody.keep, self._nursery, self._pool, adopted.link)
-        logger.info("lease %s: adopted function %d", custody.name, adopted.link.process.pid)
+        await self._nursery.start(custody.keep, self._nursery, self._pool, adopted.function)
+        logger.info("lease %s: adopted function %d", custody.name, adopted.function.process.pid)
         if serving.in_doubt is not None:
             self._nursery.start_soon(self._settle, custody, serving.in_doubt)
 
