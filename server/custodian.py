@@ -65,15 +65,15 @@ class Custodian:
         self._stopping = False
         self._nursery: trio.Nursery
 
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled. Starts with the leases that an earlier agent left."""
-        async with trio.open_nursery() as self._nursery:
-            await adopt_all(self._home, self._nursery, self._take_over)
-            self._home.forget_all_but(one.endpoint.unix_path for one in self.custodies)
-            task_status.started()
-            while True:
-                self._look()
-                await trio.sleep(_LOOK_S)
+    async def run(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled; what goes on for its leases does so in `nursery`. Starts with those of an earlier agent."""
+        self._nursery = nursery
+        await adopt_all(self._home, nursery, self._take_over)
+        self._home.forget_all_but(one.endpoint.unix_path for one in self.custodies)
+        task_status.started()
+        while True:
+            self._look()
+            await trio.sleep(_LOOK_S)
 
     @property
     def custodies(self) -> list[Custody]:

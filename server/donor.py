@@ -148,7 +148,7 @@ class Agent:
         await self._nursery.start(self._reclaimer.run)
         self._kept = self._home.reserved()
         self._reclaimer.restore(self._kept)  # or what was cut out would grow back
-        await self._nursery.start(self._custodian.run)
+        await self._nursery.start(self._custodian.run, self._nursery)
         self._reclaimer.nominal = offer.decide(
             settings,
             self._available() + self._custodian.populated,

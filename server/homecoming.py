@@ -83,7 +83,7 @@ class Homecoming:
         logger.info("lease %s: there is room in memory again, so it leaves donor %s", identity.hex()[:8], donor)
         deadline = trio.current_time() + _MOVE_S
         try:
-            await self._broker.ask(donor, MoveAway(lease=identity), Done, _MOVE_S)
+            await self._broker.courier.ask(donor, MoveAway(lease=identity), Done, _MOVE_S)
             await self._broker.wait_until(lambda: lease.moving is None, deadline)
         except MemfaasError as error:
             logger.warning("lease %s: it stays on donor %s for now: %s", identity.hex()[:8], donor, error)

@@ -133,7 +133,7 @@ async def test_a_target_that_hangs_is_left_alone_until_it_answers(served: Served
             assert (await source.ask(relocate(lease, timeout=1.0), messages.Target)).place.donor == "good"
         assert stopped.receives == 1
         stopped.goes_on.set()
-        await eventually(lambda: not served.broker.silent)
+        await eventually(lambda: not served.broker.courier.silent)
         assert (await source.ask(relocate(leases[2]), messages.Target)).place.donor == "stopped"
 
 

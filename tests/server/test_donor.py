@@ -456,7 +456,7 @@ async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served
             async with client(served.port, tenant=auth.OPERATOR) as another:
                 with trio.move_on_after(0.5):
                     await another.ask(reclaim(100 * MIB), messages.Reclaimed)
-            await eventually(lambda: another.session not in served.broker._sessions)
+            await eventually(lambda: another.session not in served.broker.courier.sessions)
         finally:
             donor.process.send_signal(signal.SIGCONT)
         assert (await operator.ask(reclaim(MIB), messages.Reclaimed)).held == MIB
@@ -466,7 +466,7 @@ async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served
 async def test_a_lease_that_is_freed_while_it_is_granted_is_gone(served: Served, folder: Path) -> None:
     spec = messages.LeaseSpec(lease=b"L" * 16, tenant="ann", kind="region", size=MIB, epoch=1)
     async with donor_process(served, folder) as donor, trio.open_nursery() as nursery:
-        channel = served.broker._donors["d"]
+        channel = served.broker.courier.donors["d"]
         nursery.start_soon(channel.request, messages.Grant(spec=spec), messages.Granted, LIMIT_S)
         await trio.testing.wait_all_tasks_blocked()
         freed = await channel.request(messages.Free(lease=spec.lease, reason="no"), messages.Freed, LIMIT_S)
@@ -480,11 +480,11 @@ async def test_a_lease_that_its_asker_gave_up_is_not_granted_later(served: Serve
     request = messages.Grant(spec=spec) if ask == "grant" else messages.Receive(spec=spec, timeout=60)
     async with donor_process(served, folder) as donor:
         assert donor.process is not None
-        channel = served.broker._donors["d"]
+        channel = served.broker.courier.donors["d"]
         donor.process.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(DeadlineExceeded):
-                await served.broker.ask("d", request, messages.Granted, 0.1, withdraw=True)
+                await served.broker.courier.ask("d", request, messages.Granted, 0.1, withdraw=True)
         finally:
             donor.process.send_signal(signal.SIGCONT)
         freed = await channel.request(messages.Free(lease=b"?" * 16, reason="no"), messages.Freed, LIMIT_S)
