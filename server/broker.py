@@ -19,7 +19,7 @@ from memfaas import auth, rpc
 from memfaas.addresses import Address
 from memfaas.config import BrokerSettings
 from memfaas.errors import MemfaasError, UsageError
-from memfaas.messages import DonorReport, HeldLease, Hello, LeaseGone, Register, Registered
+from memfaas.messages import DonorReport, HeldLease, Hello, LeaseGone, Register, Registered, short
 from memfaas.server import granting, process, usage
 from memfaas.server.courier import Courier
 from memfaas.server.donors import DonorPeer
@@ -141,11 +141,11 @@ class Broker:
 
     def donor_lost(self, name: str, notice: LeaseGone) -> None:
         level = logging.INFO if notice.moved_to or notice.dropped is not None else logging.WARNING
-        logger.log(level, "lease %s: donor %s no longer holds it: %s", notice.lease.hex()[:8], name, notice.reason)
+        logger.log(level, "lease %s: donor %s no longer holds it: %s", short(notice.lease), name, notice.reason)
         self.courier.in_background(self.tables.lost(name, notice))
 
     def lease_arrived(self, name: str, held: HeldLease) -> None:
-        logger.info("lease %s: arrived at donor %s, epoch %d", held.spec.lease.hex()[:8], name, held.spec.epoch)
+        logger.info("lease %s: arrived at donor %s, epoch %d", short(held.spec.lease), name, held.spec.epoch)
         self.courier.in_background(self.tables.arrived(name, held))
 
     def saw_earlier_life(self) -> None:
@@ -191,7 +191,7 @@ class Broker:
                 continue
             outcome = self.tables.expire()
             for one in outcome.tell + outcome.free:
-                logger.info("lease %s is over: %s", one.lease.hex()[:8], one.reason)
+                logger.info("lease %s is over: %s", short(one.lease), one.reason)
             self.courier.in_background(outcome)
 
 

@@ -11,7 +11,7 @@ import trio
 
 from memfaas import rpc
 from memfaas.errors import MemfaasError, TransportError
-from memfaas.messages import Free, Freed, LeaseGone, LeaseMoved, Message
+from memfaas.messages import Free, Freed, LeaseGone, LeaseMoved, Message, short
 from memfaas.server.places import place_of
 from memfaas.server.records import Outcome, State, ToDirect, ToFree, ToTell
 from memfaas.server.tables import Tables
@@ -104,7 +104,7 @@ class Courier:
         try:
             freed = await channel.request(Free(lease=freeing.lease, reason=freeing.reason), Freed, _FREE_S)
         except MemfaasError as error:
-            logger.warning("lease %s: donor %s did not free it: %s", freeing.lease.hex()[:8], freeing.donor, error)
+            logger.warning("lease %s: donor %s did not free it: %s", short(freeing.lease), freeing.donor, error)
             await channel.aclose()  # when it registers again it is told once more
         else:
             self._tables.freed(freeing.donor, freeing.lease, freed.memory)

@@ -12,7 +12,7 @@ from memfaas.config import DonorSettings
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, TransportError, UsageError
 from memfaas.fabric import boot_id
 from memfaas.fabric.devices import local_device
-from memfaas.messages import Arrived, Endpoint, Freed, Granted, HeldLease, LeaseGone, LeaseSpec, Memory, Target
+from memfaas.messages import Arrived, Endpoint, Freed, Granted, HeldLease, LeaseGone, LeaseSpec, Memory, Target, short
 from memfaas.server import memory, mover, process
 from memfaas.server.adoption import Adopted, adopt_all
 from memfaas.server.custody import Custody
@@ -129,7 +129,7 @@ class Custodian:
         """
         await self._line.caught_up()  # whoever asked may have given up while this process stood still
         if spec.lease in self._granting:
-            raise UsageError(f"lease {spec.lease.hex()[:8]} is being granted already")
+            raise UsageError(f"lease {short(spec.lease)} is being granted already")
         self._granting[spec.lease] = over = trio.Event()
 
         async def grant() -> Granted:
@@ -172,7 +172,7 @@ class Custodian:
         if self._stopping:
             raise TransportError(f"donor {self._donor} is stopping")
         if spec.lease in self._custodies:
-            raise UsageError(f"lease {spec.lease.hex()[:8]} is held already")
+            raise UsageError(f"lease {short(spec.lease)} is held already")
         what = f"donor {self._donor}: the {spec.kind}"
         try:
             memory.check_room(self._memory(), lease_bytes(spec.kind, spec.size), what)
@@ -246,7 +246,7 @@ class Custodian:
         async def move() -> None:
             custody = self._custodies.get(lease)
             if custody is None:
-                raise LeaseLost(f"lease {lease.hex()[:8]} is not here")
+                raise LeaseLost(f"lease {short(lease)} is not here")
             await custody.move(trio.current_time() + _HOME_S)
 
         await process.detached(self._nursery, move)

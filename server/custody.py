@@ -24,6 +24,7 @@ from memfaas.messages import (
     Sent,
     Serve,
     Target,
+    short,
 )
 from memfaas.server import memory
 from memfaas.server.descriptors import Descriptors
@@ -71,7 +72,7 @@ class Custody:
         mover: Callable[[Custody, float], Awaitable[Moved]],
     ) -> None:
         self.endpoint = endpoint
-        self.name = spec.lease.hex()[:8]
+        self.name = short(spec.lease)
         self.links: dict[str, int] = {}
         self.state: HoldingState = "serving" if incoming is None else "arriving"
         self.punched = 0

@@ -14,7 +14,7 @@ import trio
 
 from memfaas import _native
 from memfaas.errors import TransportError, UsageError
-from memfaas.messages import LeaseSpec
+from memfaas.messages import LeaseSpec, short
 from memfaas.server import memory
 
 _BACKLOG = 1024
@@ -28,7 +28,7 @@ def make_descriptors(spec: LeaseSpec, unix_path: Path, host: str, backing: Path 
     """Memory and listening sockets of a new lease, and the tcp port. Raises CapacityError, TransportError."""
     made: list[int] = []
     try:
-        made += memory.make(spec.kind, spec.size, spec.lease.hex()[:8], backing)
+        made += memory.make(spec.kind, spec.size, short(spec.lease), backing)
         unix_path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as unix:
             unix.bind(str(unix_path))

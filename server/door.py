@@ -15,7 +15,7 @@ import trio
 
 from memfaas import _native, auth, messages, rpc
 from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
-from memfaas.messages import VerbsHello, VerbsWelcome, Welcome
+from memfaas.messages import VerbsHello, VerbsWelcome, Welcome, short
 from memfaas.server import process
 from memfaas.server.doorman import Doorman, refuse
 from memfaas.server.fds import FdStream, peer_of
@@ -50,7 +50,7 @@ class Door:
         self._descriptors = descriptors
         self._doorman = doorman
         self._device = device
-        self._name = doorman.spec.lease.hex()[:8]
+        self._name = short(doorman.spec.lease)
         self._on_change = on_change
         self._attached = 0
         self._reaped = trio.Event()

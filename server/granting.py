@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 from memfaas.errors import CapacityError, ClosedError, LeaseLost, MemfaasError
-from memfaas.messages import Grant, Granted, OpenStore, StoreSpec
+from memfaas.messages import Grant, Granted, OpenStore, StoreSpec, short
 from memfaas.server.records import Lease, Outcome, Room, State, Store, ToFree
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Grants:
             return self._tables.abandon_region(leases[0].spec.lease, reason)
 
         (lease,) = await self._begin(begin, undo)
-        logger.info("lease %s of %s: granted on %s", lease.spec.lease.hex()[:8], tenant, lease.donor)
+        logger.info("lease %s of %s: granted on %s", short(lease.spec.lease), tenant, lease.donor)
         return lease
 
     def _check_open(self, session: bytes) -> None:
@@ -110,7 +110,7 @@ class Grants:
             return self._tables.not_begun_again(lease, reason)
 
         if await self._begin(begin, undo):
-            logger.info("lease %s: granted anew on %s", lease.spec.lease.hex()[:8], lease.donor)
+            logger.info("lease %s: granted anew on %s", short(lease.spec.lease), lease.donor)
             self._broker.announce()
 
     async def _begin(
@@ -187,7 +187,7 @@ class Grants:
             try:
                 granted = await courier.ask(donor, Grant(spec=lease.spec), Granted, _GRANT_S, withdraw=True)
             except MemfaasError as error:
-                logger.warning("lease %s: donor %s: %s", lease.spec.lease.hex()[:8], donor, error)
+                logger.warning("lease %s: donor %s: %s", short(lease.spec.lease), donor, error)
                 failures.append(error)
                 ended = self._tables.leases.get(lease.spec.lease) is not lease  # which is not the donor's fault
                 if not ended and not isinstance(error, CapacityError):  # then its next report says what it has
@@ -196,7 +196,7 @@ class Grants:
             if not self._tables.granted(donor, lease.spec.lease, granted.endpoint, granted.memory):
                 # Its end was told to the donor perhaps before the donor had begun.
                 await courier.free(ToFree(donor, lease.spec.lease, "it ended while it was being granted"))
-                failures.append(LeaseLost(f"lease {lease.spec.lease.hex()[:8]} ended while it was being granted"))
+                failures.append(LeaseLost(f"lease {short(lease.spec.lease)} ended while it was being granted"))
 
         async with trio.open_nursery() as nursery:
             for lease in leases:

@@ -14,7 +14,7 @@ import trio
 
 from memfaas import _native
 from memfaas.errors import CapacityError, LeaseLost, TransportError
-from memfaas.messages import FunctionReport, Sent, Serve, Target
+from memfaas.messages import FunctionReport, Sent, Serve, Target, short
 from memfaas.server.arrival import Arrival
 from memfaas.server.departure import Departure
 from memfaas.server.door import Door
@@ -56,7 +56,7 @@ class Served:
         self.in_doubt: Target | None = None
         """Where all of it was sent, if no answer came."""
         self.descriptors = descriptors
-        self.name = message.spec.lease.hex()[:8]
+        self.name = short(message.spec.lease)
         self._data, self._control, self._unix, self._tcp = descriptors
         self._on_change = on_change
         self._on_received = on_received
