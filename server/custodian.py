@@ -94,7 +94,9 @@ class Custodian:
 
     # --- how leases come ------------------------------------------------------------------------
 
-    def _custody(self, spec: LeaseSpec, endpoint: Endpoint, descriptors: list[int], incoming: float | None) -> Custody:
+    def _custody(
+        self, spec: LeaseSpec, endpoint: Endpoint, descriptors: list[int], arrives_within: float | None
+    ) -> Custody:
         custody = Custody(
             spec,
             endpoint,
@@ -102,7 +104,7 @@ class Custodian:
             donor=self._donor,
             ticket_key=self._ticket_key,
             spill=self._settings.backing is not None,
-            incoming=incoming,
+            arrives_within=arrives_within,
             on_change=self._reports.changed,
             on_arrived=lambda custody: self._nursery.start_soon(self._take_in, custody),
             on_doubt=lambda custody, target: self._nursery.start_soon(self._settle, custody, target),
@@ -115,14 +117,14 @@ class Custodian:
 
     async def _take_over(self, adopted: Adopted) -> None:
         serving = adopted.serving
-        custody = self._custody(serving.spec, serving.endpoint, adopted.descriptors, 0.0 if serving.incoming else None)
+        custody = self._custody(serving.spec, serving.endpoint, adopted.descriptors, 0.0 if serving.arriving else None)
         await self._nursery.start(custody.keep, self._nursery, self._pool, adopted.function)
         logger.info("lease %s: adopted function %d", custody.name, adopted.function.process.pid)
         if serving.in_doubt is not None:
             self._nursery.start_soon(self._settle, custody, serving.in_doubt)
 
-    async def grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
-        """Makes memory for a lease, and has it served; `incoming`: once another donor has sent it, in that time.
+    async def grant(self, spec: LeaseSpec, arrives_within: float | None = None) -> Granted:
+        """Makes memory for a lease, and has it served; `arrives_within`: once another donor has sent it, in that time.
 
         Comes to its end even when the one who asked goes away; what frees the lease meanwhile waits for that.
         Raises CapacityError, TransportError, UsageError.
@@ -134,14 +136,14 @@ class Custodian:
 
         async def grant() -> Granted:
             try:
-                return await self._grant(spec, incoming)
+                return await self._grant(spec, arrives_within)
             finally:
                 del self._granting[spec.lease]
                 over.set()
 
         return await process.detached(self._nursery, grant)
 
-    async def _grant(self, spec: LeaseSpec, incoming: float | None) -> Granted:
+    async def _grant(self, spec: LeaseSpec, arrives_within: float | None) -> Granted:
         await self._check(spec)
         path = self._home.unix_path(spec.lease)
         # In a thread: to allocate a large file takes a while.
@@ -157,7 +159,7 @@ class Custodian:
             raise
         device = local_device(self._settings.device)
         endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self.host, port=port, verbs=device)
-        custody = self._custody(spec, endpoint, descriptors, incoming)
+        custody = self._custody(spec, endpoint, descriptors, arrives_within)
         try:
             await self._nursery.start(custody.keep, self._nursery, self._pool)
         except MemfaasError:

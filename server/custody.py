@@ -63,7 +63,7 @@ class Custody:
         donor: str,
         ticket_key: bytes,
         spill: bool,
-        incoming: float | None = None,
+        arrives_within: float | None = None,
         on_change: Callable[[], None],
         on_arrived: Callable[[Custody], None],
         on_doubt: Callable[[Custody, Target], None],
@@ -74,7 +74,7 @@ class Custody:
         self.endpoint = endpoint
         self.name = short(spec.lease)
         self.links: dict[str, int] = {}
-        self.state: HoldingState = "serving" if incoming is None else "arriving"
+        self.state: HoldingState = "serving" if arrives_within is None else "arriving"
         self.punched = 0
         """Bytes of it that are not for it to use now. Clients can write what its memory says of this, so it counts
         only as far as the kernel bears it out."""
@@ -86,7 +86,7 @@ class Custody:
         self._donor = donor
         self._ticket_key = ticket_key
         self._spill = spill
-        self._incoming = incoming
+        self._arrives_within = arrives_within
         self._on_change = on_change
         self._on_arrived = on_arrived
         self._on_doubt = on_doubt
@@ -177,7 +177,7 @@ class Custody:
                     endpoint=self.endpoint,
                     ticket_key=self._ticket_key,
                     fresh=fresh,
-                    incoming=self._incoming if fresh else None,
+                    arrives_within=self._arrives_within if fresh else None,
                     spill=self._spill,
                 )
                 await function.serve(serve, self._descriptors.numbers)

@@ -73,7 +73,7 @@ class Agent:
             settings.name,
             lambda: self._custodian.custodies,
             evict_rate=_EVICT_RATE_2M if node.gives_huge_pages() else _EVICT_RATE_4K,
-            on_reserved=self._keep_reserved,
+            on_asked=self._keep_asked,
         )
         self._custodian = Custodian(
             settings,
@@ -146,7 +146,7 @@ class Agent:
         if settings.backing is not None:
             memory.check_backing(settings.backing)
         await self._nursery.start(self._reclaimer.run)
-        self._kept = self._home.reserved()
+        self._kept = self._home.asked()
         self._reclaimer.restore(self._kept)  # or what was cut out would grow back
         await self._nursery.start(self._custodian.run, self._nursery)
         self._reclaimer.nominal = offer.decide(
@@ -227,13 +227,13 @@ class Agent:
         await self._reports.send()  # who has our answer may ask the broker for the room at once
         return Lent(size=lent)
 
-    def _keep_reserved(self) -> None:
+    def _keep_asked(self) -> None:
         """At once, for the next agent: this one may be killed, and whoever asked may have died."""
         asked = self._reclaimer.asked
         asked.pop(HOLDER, None)  # the next agent looks for itself
         if asked != self._kept:
             self._kept = asked
-            self._home.save_reserved(asked, self._reclaimer.nominal)
+            self._home.save_asked(asked, self._reclaimer.nominal)
 
     # --- what the broker is told ----------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Agent:
             memory=self._memory(),
             links={one.spec.lease: one.links for one in custodies if one.links},
             populated={one.spec.lease: one.populated for one in custodies},
-            reclaimed=self._reclaimer.reserved,
+            reclaimed=self._reclaimer.reclaimed,
         )
 
 

@@ -164,7 +164,7 @@ class Function:
         served, asked_by = self.the_lease(), self._agent
 
         async def work() -> Sent:
-            sent = await served.send(message.target, message.deadline)
+            sent = await served.send(message.target, message.timeout)
             if self._agent is not asked_by or asked_by is None or asked_by.closed:
                 if sent.outcome == "moved":
                     await self._end_alone(served)
@@ -181,7 +181,7 @@ class Function:
         answer = Serving(
             spec=message.spec,
             endpoint=message.endpoint,
-            incoming=served.incoming,
+            arriving=served.arriving,
             in_doubt=served.in_doubt,
         )
         return answer, served.descriptors

@@ -89,7 +89,7 @@ class FunctionPeer:
         await self.channel.request(message, Done, _SERVE_S)
 
     async def send(self, target: Target, timeout_s: float) -> Sent:
-        return await self.channel.request(Send(target=target, deadline=timeout_s), Sent, timeout_s + _ANSWER_S)
+        return await self.channel.request(Send(target=target, timeout=timeout_s), Sent, timeout_s + _ANSWER_S)
 
     async def resume(self, epoch: int, timeout_s: float) -> None:
         await self.channel.request(Resume(epoch=epoch), Done, timeout_s)

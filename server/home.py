@@ -1,4 +1,4 @@
-"""A donor's folder: its lock, its own socket and those of its memory functions, and what it has set aside."""
+"""A donor's folder: its lock, its own socket and those of its memory functions, and what was reclaimed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memfaas.fabric import boot_id
 from memfaas.local_agent import SOCKET
 
 _LOCK = "lock"
-_RESERVED = "reserved.json"
+_RECLAIMED = "reclaimed.json"
 
 logger = logging.getLogger(__name__)
 
@@ -66,32 +66,32 @@ class Home:
         """Where programs of this node ask the agent."""
         return self.folder / SOCKET
 
-    def reserved(self) -> dict[str, int]:
-        """What an earlier agent of this donor had set aside, by holder; nothing after the node was started anew."""
+    def asked(self) -> dict[str, int]:
+        """Bytes that holders need of an earlier agent of this donor; none after the node was started anew."""
         return self._saved()[0]
 
     def nominal(self) -> int:
-        """Bytes that it lent at most, with what was set aside; 0 if nothing was."""
+        """Bytes that it lent at most while nobody wanted any back; 0 if nobody does."""
         return self._saved()[1]
 
     def _saved(self) -> tuple[dict[str, int], int]:
         try:
-            saved = json.loads((self.folder / _RESERVED).read_text())
+            saved = json.loads((self.folder / _RECLAIMED).read_text())
             if saved["boot"] == boot_id():
-                return {str(k): int(v) for k, v in saved["reserved"].items()}, int(saved["nominal"])
+                return {str(k): int(v) for k, v in saved["asked"].items()}, int(saved["nominal"])
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.error("%s cannot be read, so what was set aside is lent again: %s", self.folder / _RESERVED, error)
+            logger.error("%s cannot be read, so what was reclaimed is lent again: %s", self.folder / _RECLAIMED, error)
         return {}, 0
 
-    def save_reserved(self, reserved: dict[str, int], nominal: int) -> None:
+    def save_asked(self, asked: dict[str, int], nominal: int) -> None:
         """For the next agent, whyever this one ends. A folder that takes no file must not keep memory from a job."""
-        path = self.folder / _RESERVED
+        path = self.folder / _RECLAIMED
         draft = path.with_suffix(".new")
         try:
-            if reserved:
-                draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved, "nominal": nominal}))
+            if asked:
+                draft.write_text(json.dumps({"boot": boot_id(), "asked": asked, "nominal": nominal}))
                 draft.replace(path)
             else:
                 path.unlink(missing_ok=True)

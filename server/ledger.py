@@ -129,8 +129,8 @@ class Ledger:
         """Whether other holders need what this one needs."""
         return holder in self.asked and sum(self.asked.values()) > self.nominal
 
-    def reserved(self, holder: str) -> int:
-        """Bytes that are set aside for this holder, perhaps for others too."""
+    def reclaimed(self, holder: str) -> int:
+        """Bytes that are not lent because this holder needs them, perhaps for others too."""
         return min(self.asked.get(holder, 0), self.nominal)
 
     @property

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 class Reclaimer:
     """All reclaims of one donor; `run` must be running.
 
-    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_reserved`
+    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_asked`
     is called when `asked` has changed, before anything else happens.
     """
 
@@ -55,13 +55,13 @@ class Reclaimer:
         nominal: int = 0,
         evict_rate: int = EVICT_RATE,
         moves_at_once: int = MOVES_AT_ONCE,
-        on_reserved: Callable[[], None] = lambda: None,
+        on_asked: Callable[[], None] = lambda: None,
     ) -> None:
         self._donor = donor
         self._holdings = holdings
         self._evict_rate = evict_rate
         self._moves_at_once = moves_at_once
-        self._on_reserved = on_reserved
+        self._on_asked = on_asked
         self._ledger = Ledger(holdings, nominal)
         self._woken = trio.Event()
         self._nursery: trio.Nursery
@@ -83,9 +83,9 @@ class Reclaimer:
         self.changed()
 
     @property
-    def reserved(self) -> dict[str, int]:
+    def reclaimed(self) -> dict[str, int]:
         """Bytes that are not lent, by who took them back. Several may need the same, so the sum may be more."""
-        return {holder: self._ledger.reserved(holder) for holder in self._ledger.asked}
+        return {holder: self._ledger.reclaimed(holder) for holder in self._ledger.asked}
 
     @property
     def asked(self) -> dict[str, int]:
@@ -118,7 +118,7 @@ class Reclaimer:
         debt = self._ledger.borrow(holder, more, deadline_s)
         shared = self._ledger.shared(holder)
         earlier = [one for one in others if shared or (in_all and one.holder == holder)]
-        self._on_reserved()
+        self._on_asked()
         if debt.left > 0:
             self._nursery.start_soon(self._collect, debt)
             await debt.ended.wait()
@@ -127,7 +127,7 @@ class Reclaimer:
         with trio.move_on_at(debt.deadline):
             for one in earlier:
                 await one.ended.wait()
-        held = self._ledger.reserved(holder)
+        held = self._ledger.reclaimed(holder)
         result = debt.result(self._donor)
         in_time = result.in_time and all(one.ended.is_set() for one in earlier)
         return msgspec.structs.replace(result, held=held, in_time=in_time, wanted=size, deadline=deadline_s)
@@ -140,7 +140,7 @@ class Reclaimer:
     def lend(self, holder: str, size: int | None = None) -> int:
         """This holder needs so many bytes less, or none any more. Returns how many more are lent."""
         lent = self._ledger.lend(holder, size)
-        self._on_reserved()
+        self._on_asked()
         self.changed()
         return lent
 

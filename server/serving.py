@@ -72,7 +72,7 @@ class Served:
         self._door: Door
 
     @property
-    def incoming(self) -> bool:
+    def arriving(self) -> bool:
         """Not all of it is here."""
         return self._arrival is not None
 
@@ -90,7 +90,7 @@ class Served:
                     store=spec.store.store if spec.store is not None else bytes(16),
                     shard=spec.shard,
                     epoch=spec.epoch,
-                    arriving=self.message.incoming is not None,
+                    arriving=self.message.arrives_within is not None,
                 )
             self._memory = _native.Memory(self._data, self._control)
         except (OSError, ValueError) as error:
@@ -101,7 +101,7 @@ class Served:
         # What is registered is pinned in memory, and a disk is to relieve that.
         device = "" if self.message.spill else self.message.endpoint.verbs
         self._door = Door(self._memory, [self._data, self._control], self._doorman, device, self._on_change)
-        if self.message.incoming is not None:
+        if self.message.arrives_within is not None:
             self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)
 
     async def run(self) -> None:
@@ -114,8 +114,8 @@ class Served:
     async def _arrive(self) -> None:
         if self._arrival is None:
             return
-        assert self.message.incoming is not None
-        await self._arrival.run(_listener(self._tcp), self.message.incoming)
+        assert self.message.arrives_within is not None
+        await self._arrival.run(_listener(self._tcp), self.message.arrives_within)
         self._arrival = None
         self._on_received()
 
@@ -145,7 +145,7 @@ class Served:
 
         Raises TransportError when it is being sent already, or has not arrived.
         """
-        if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
+        if self._departure is not None or self.in_doubt is not None or self.arriving or self._stopping:
             raise TransportError(f"lease {self.name} cannot be sent now")
         departure = self._departure = Departure(
             self._memory, target, self._door.cut, lambda: self._door.close_verbs(_MOVING)
@@ -180,7 +180,7 @@ class Served:
 
     async def punch(self, size: int) -> int:
         """Gives up to so many bytes of free spans back to the kernel; returns how many."""
-        if self.incoming or self._departure is not None:
+        if self.arriving or self._departure is not None:
             return 0
         return await trio.to_thread.run_sync(self._punch, size)
 

@@ -18,7 +18,7 @@ class Serve(Message, frozen=True, kw_only=True):
     ticket_key: bytes
     fresh: bool
     """The memory has just been made: format it. Otherwise: recover what a killed function left."""
-    incoming: float | None = None
+    arrives_within: float | None = None
     """Not to be served before another donor has sent all of it, within so many seconds."""
     spill: bool = False
 
@@ -28,7 +28,7 @@ class Serving(Message, frozen=True, kw_only=True):
 
     spec: LeaseSpec
     endpoint: Endpoint
-    incoming: bool = False
+    arriving: bool = False
     in_doubt: Target | None = None
     """All of it was sent there, and no answer came."""
 
@@ -68,8 +68,8 @@ class Send(Message, frozen=True, kw_only=True):
     """Agent to function: copy the lease there while it is in use; then freeze it and copy the rest."""
 
     target: Target
-    deadline: float
-    """Seconds from now; then it stays where it is."""
+    timeout: float
+    """Seconds; then it stays where it is."""
 
 
 class Resume(Message, frozen=True, kw_only=True):

@@ -36,7 +36,7 @@ from tests.server.support import (
 
 FABRICS: list[fabric.Choice] = ["shm", "tcp"]
 JOB_ENDED = messages.Lend(donor="d", holder="job 1")
-"""What is set aside for a job outlasts the donor."""
+"""What is taken back for a job outlasts the donor."""
 
 
 async def links_of(ann: Client, lease: bytes) -> dict[str, int]:
@@ -559,11 +559,11 @@ async def test_auto_lends_as_much_as_before_when_it_starts_anew_while_a_job_uses
         await operator.ask(taken_back(100 * MIB, 1.0), messages.Reclaimed)
         await donor.kill()
         donor._given |= {"memory": "auto", "headroom": "1GiB"}
-        saved = json.loads((donor.home / "reserved.json").read_text())
+        saved = json.loads((donor.home / "reclaimed.json").read_text())
         assert saved["nominal"] == 256 * MIB
         # As if a job used so much that without it nothing could be lent.
-        saved |= {"nominal": 1 << 50, "reserved": {"job 1": 1 << 49}}
-        (donor.home / "reserved.json").write_text(json.dumps(saved))
+        saved |= {"nominal": 1 << 50, "asked": {"job 1": 1 << 49}}
+        (donor.home / "reclaimed.json").write_text(json.dumps(saved))
         await donor.start()
         (info,) = (await operator.status()).donors
         assert info.memory.offered > 0

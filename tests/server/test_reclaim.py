@@ -59,7 +59,7 @@ async def test_what_nobody_leased_comes_first_and_at_once(
     result = await reclaimer.reclaim(400 * MIB, 1.0, "job 17")
     assert steps(result) == [("unlent", 400)]
     assert (result.asked, result.freed, result.in_time, result.seconds) == (400 * MIB, 400 * MIB, True, 0.0)
-    assert (reclaimer.offered, reclaimer.reserved) == (600 * MIB, {"job 17": 400 * MIB})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (600 * MIB, {"job 17": 400 * MIB})
     assert lease.bytes == 600 * MIB
 
 
@@ -413,11 +413,11 @@ async def test_requests_of_one_holder_add_up_until_it_lends_again(
     for _ in range(2):
         await reclaimer.reclaim(100 * MIB, 1.0, "job 17")
     await reclaimer.reclaim(100 * MIB, 1.0, "pressure")
-    assert reclaimer.reserved == {"job 17": 200 * MIB, "pressure": 100 * MIB}
+    assert reclaimer.reclaimed == {"job 17": 200 * MIB, "pressure": 100 * MIB}
     reclaimer.lend("pressure", 30 * MIB)
     reclaimer.lend("nobody")
     reclaimer.lend("job 17")
-    assert reclaimer.reserved == {"pressure": 70 * MIB}
+    assert reclaimer.reclaimed == {"pressure": 70 * MIB}
     assert reclaimer.offered == 930 * MIB
 
 
@@ -460,11 +460,11 @@ async def test_what_two_need_is_lent_when_neither_does(
     for job in ("job 1", "job 2"):
         result = await reclaimer.reclaim(5 * GIB, 10.0, job, in_all=True)
         assert (result.held, result.in_time, reclaimer.offered) == (1000 * MIB, True, 0)
-    assert reclaimer.reserved == {"job 1": 1000 * MIB, "job 2": 1000 * MIB}
+    assert reclaimer.reclaimed == {"job 1": 1000 * MIB, "job 2": 1000 * MIB}
     assert reclaimer.lend("job 1") == 0
-    assert (reclaimer.offered, reclaimer.reserved) == (0, {"job 2": 1000 * MIB})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (0, {"job 2": 1000 * MIB})
     assert reclaimer.lend("job 2") == 1000 * MIB
-    assert (reclaimer.offered, reclaimer.reserved) == (1000 * MIB, {})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (1000 * MIB, {})
 
 
 async def test_who_needs_what_is_being_freed_for_another_waits_for_it_and_gets_it_though_that_one_ends(

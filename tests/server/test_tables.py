@@ -448,7 +448,7 @@ def test_a_lease_that_was_served_to_the_end_is_not_looked_for_at_its_target(worl
     world.evict("d", region)
     with pytest.raises(LeaseLost):
         world.tables.locate("t", region)
-    assert (source.held, target.incoming) == ({}, {})
+    assert (source.held, target.arriving) == ({}, {})
     assert world.tables.renew(session, {}) == [region]
 
 
