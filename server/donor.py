@@ -8,6 +8,7 @@ functions go on, and the next agent finds them; when it is told to stop, it take
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import trio
@@ -38,7 +39,7 @@ from memfaas.server import memory, offer, process, spare
 from memfaas.server.custodian import Custodian
 from memfaas.server.descriptors import check_host
 from memfaas.server.desk import Desk
-from memfaas.server.home import Home
+from memfaas.server.home import Home, Legacy
 from memfaas.server.line import Line
 from memfaas.server.pool import Pool
 from memfaas.server.pressure import HOLDER, watch_node
@@ -73,7 +74,7 @@ class Agent:
             settings.name,
             lambda: self._custodian.custodies,
             evict_rate=_EVICT_RATE_2M if node.gives_huge_pages() else _EVICT_RATE_4K,
-            on_asked=self._keep_asked,
+            on_change=self._leave_behind,
         )
         self._custodian = Custodian(
             settings,
@@ -87,7 +88,7 @@ class Agent:
         )
         self._desk = Desk(self._home.desk_path, self.reclaim_for_neighbour, self.lend)
         self._groups = cgroups.groups()
-        self._kept: dict[str, int] = {}
+        self._left_behind: tuple[dict[str, int], dict[str, float]] | None = None
         self._ready = False
         self._serving = True
         self._failure: MemfaasError | None = None
@@ -146,14 +147,15 @@ class Agent:
         if settings.backing is not None:
             memory.check_backing(settings.backing)
         await self._nursery.start(self._reclaimer.run)
-        self._kept = self._home.asked()
-        self._reclaimer.restore(self._kept)  # or what was cut out would grow back
         await self._nursery.start(self._custodian.run, self._nursery)
+        legacy = self._home.legacy()
+        due = {holder: at - _clocks_apart() for holder, at in legacy.due.items()}
+        self._reclaimer.restore(legacy.asked, due, legacy.nominal, self._line.say)
         self._reclaimer.nominal = offer.decide(
             settings,
             self._available() + self._custodian.populated,
-            before=self._home.nominal(),
-            reclaimed=sum(self._kept.values()),
+            before=legacy.nominal,
+            reclaimed=sum(legacy.asked.values()),
         )
         self._nursery.start_soon(self._reports.run)
         self._nursery.start_soon(self._desk.run)
@@ -227,13 +229,15 @@ class Agent:
         await self._reports.send()  # who has our answer may ask the broker for the room at once
         return Lent(size=lent)
 
-    def _keep_asked(self) -> None:
+    def _leave_behind(self) -> None:
         """At once, for the next agent: this one may be killed, and whoever asked may have died."""
-        asked = self._reclaimer.asked
-        asked.pop(HOLDER, None)  # the next agent looks for itself
-        if asked != self._kept:
-            self._kept = asked
-            self._home.save_asked(asked, self._reclaimer.nominal)
+        asked, due = self._reclaimer.asked, self._reclaimer.due
+        for holders in (asked, due):
+            holders.pop(HOLDER, None)  # the next agent looks for itself
+        if (asked, due) != self._left_behind:
+            self._left_behind = asked, due
+            due = {holder: at + _clocks_apart() for holder, at in due.items()}
+            self._home.leave_behind(Legacy(asked, due, self._reclaimer.nominal))
 
     # --- what the broker is told ----------------------------------------------------------------
 
@@ -268,6 +272,11 @@ class Agent:
             populated={one.spec.lease: one.populated for one in custodies},
             reclaimed=self._reclaimer.reclaimed,
         )
+
+
+def _clocks_apart() -> float:
+    """Seconds by which `time.monotonic`, the same for all processes, is ahead of trio's clock."""
+    return time.monotonic() - trio.current_time()
 
 
 def _check_holder(holder: str) -> None:

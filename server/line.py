@@ -79,9 +79,10 @@ class Line:
                     return
             except TransportError:
                 pass
-            await channel.aclose()  # or what was not said would stay so while this lasts
         if isinstance(message, LeaseGone | Reclaimed):
             self._unsaid.append(message)
+        if channel is not None:
+            await channel.aclose()  # or it would stay unsaid while this lasts
 
     async def _catch_up(self, channel: rpc.Channel) -> None:
         while self._unsaid:

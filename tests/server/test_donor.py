@@ -535,6 +535,33 @@ async def test_what_is_taken_back_for_a_job_is_not_lent_by_the_next_agent(
         assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
 
 
+async def test_an_agent_that_is_killed_amid_a_reclaim_goes_on_with_it_by_itself(served: Served, folder: Path) -> None:
+    async with (
+        donor_process(served, folder) as donor,
+        client(served.port) as ann,
+        client(served.port, tenant=auth.OPERATOR) as operator,
+    ):
+        region = await ann.open_region(200 * MIB)
+        with trio.move_on_after(0.3):  # nor does whoever asked live to see the end of it
+            await local_agent.ask(donor.home, taken_back(200 * MIB, 3.0), messages.Reclaimed, LIMIT_S)
+        await donor.kill()
+        await donor.start()
+        await eventually(lambda: bool(ann.gone))  # there is no other donor for it to go to
+        assert [notice.lease for notice in ann.gone] == [region.lease]
+
+        async def account() -> messages.DonorUsage:
+            return (await operator.ask(messages.AskUsage(), messages.UsageReport)).donors[0]
+
+        with trio.fail_after(LIMIT_S):
+            while (counted := await account()).reclaims == 0:  # noqa: ASYNC110  # the broker sends no events of it
+                await trio.sleep(0.01)
+            while (memory := (await operator.status()).donors[0].memory).leased:  # noqa: ASYNC110  # told by another process
+                await trio.sleep(0.01)
+        assert counted.reclaims == 1
+        assert memory.offered == 56 * MIB
+        await operator.ask(JOB_ENDED, messages.Lent)
+
+
 def taken_back(size: int, deadline: float) -> messages.Reclaim:
     return messages.Reclaim(donor="d", size=size, deadline=deadline, holder="job 1")
 

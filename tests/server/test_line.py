@@ -88,13 +88,20 @@ async def test_a_connection_that_breaks_while_it_catches_up_loses_nothing(
 
 
 async def test_a_broker_that_takes_nothing_hears_it_over_the_next_connection(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async def hold(channel: rpc.Channel, task_status: trio.TaskStatus[None]) -> None:
+        async with channel._send_lock:  # as if something was being sent
+            task_status.started()
+            await said.wait()
+
     monkeypatch.setattr(lines, "_SAY_S", 0.01)
+    said = trio.Event()
     async with line_to(served) as line:
         channel = line._channel
         assert channel is not None
-        async with channel._send_lock:  # as if something was being sent
-            await line.say(reclaimed(3 * MIB))
+        await nursery.start(hold, channel)
+        await line.say(reclaimed(3 * MIB))
+        said.set()
         await eventually(lambda: counted(served) == (1, 3 * MIB))
         assert line._channel is not channel
