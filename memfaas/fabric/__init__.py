@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from memfaas._native import VerbsLink
 from memfaas.errors import DeadlineExceeded, FabricUnavailable
 from memfaas.fabric import shm, tcp, verbs
-from memfaas.fabric.devices import chosen_device, local_device
+from memfaas.fabric.devices import chosen_device, read_kernel
 
 if TYPE_CHECKING:
     from memfaas._native import ShmLink, TcpLink
@@ -32,7 +32,7 @@ class Opened:
 
     link: ShmLink | TcpLink | VerbsLink
     fallback: str | None = None
-    """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device."""
+    """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device (or one is pinned)."""
     device: str | None = None
     """Over verbs: the RDMA device, port and address of this node that is used, as NAME:PORT:GID."""
 
@@ -77,7 +77,7 @@ def open_link(
     try:
         if choice == "auto" and here and not served:
             return Opened(shm.open_link(place, deadline, timeout_s))
-        if choice == "auto" and not here and place.endpoint.verbs and (device or local_device()):
+        if choice == "auto" and not here and place.endpoint.verbs and (device or read_kernel()):
             return _open_verbs(place, device, deadline, timeout_s)
     except (FabricUnavailable, DeadlineExceeded) as error:
         reason = str(error)
