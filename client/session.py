@@ -39,6 +39,7 @@ def connect(
     address: str | Address | None = None,
     *,
     fabric: Choice | None = None,
+    device: str | None = None,
     tenant: str | None = None,
     secret_file: str | Path | None = None,
     timeout: str | float | None = None,
@@ -47,8 +48,10 @@ def connect(
 
     address: `HOST:PORT` or `memfaas://HOST:PORT?secret=/path`; by default that of MEMFAAS_BROKER or
         the settings file, else 127.0.0.1:7411.
-    fabric: `shm` or `tcp` pins how bytes move, and then it is an error where that cannot work;
+    fabric: `shm`, `verbs` or `tcp` pins how bytes move, and then it is an error where that cannot work;
         `auto` (the default) takes the best that works.
+    device: the RDMA device of this node that verbs uses, as NAME[:PORT[:GID]]; by default that of
+        MEMFAAS_DEVICE or the settings file, else the first that works.
     tenant: whose stores and leases to use; by default the login name, or whom the key file is for.
     secret_file: the cluster's secret or a tenant's key file, mode 0600.
     timeout: seconds (or "500ms") that one operation may take; 10 by default.
@@ -58,6 +61,7 @@ def connect(
     given = {
         "broker": address,
         "fabric": fabric,
+        "device": device,
         "tenant": tenant,
         "secret_file": secret_file,
         "timeout": timeout,
