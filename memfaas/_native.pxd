@@ -99,8 +99,7 @@ cdef extern from "wire.h" nogil:
         pass
     struct mf_queue:
         pass
-    struct mf_remote:
-        pass
+    struct mf_remote
     struct mf_link:
         int fabric
         bint closed
@@ -114,6 +113,7 @@ cdef extern from "wire.h" nogil:
         uint8_t flags
     struct mf_putting:
         uint8_t space, flags
+        bint constant
         const void *key
         const void *meta
         const void *value
@@ -165,7 +165,13 @@ cdef extern from "wire.h" nogil:
 
 cdef extern from "verbs.h" nogil:
     enum:
-        MF_WHY
+        MF_WHY, MF_LEND, MF_LANDING
+    struct mf_device:
+        char name[80]
+    struct mf_remote:
+        mf_device *device
+        uint64_t refused
+        int refusal
     struct mf_address:
         pass
     struct mf_welcome:

@@ -211,6 +211,8 @@ class VerbsLink(Link):
         Raises FabricUnavailable, also when the memory was registered anew since the link was opened; ProtocolError.
         The descriptor is the caller's then.
         """
+    copied: int
+    """How often large memory of the program's own was not taken by the device, and its bytes were copied therefore."""
 
 @final
 class QueuePair:

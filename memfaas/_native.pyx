@@ -18,6 +18,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.errno cimport EINVAL, EMFILE, ENOMEM, EPERM, ETIMEDOUT
 from libc.string cimport memcpy
 
+import logging
 import os
 
 from memfaas.errors import (
@@ -32,6 +33,7 @@ from memfaas.errors import (
     ValueTooLarge,
 )
 
+log = logging.getLogger(__name__)
 
 MAX_KEY = MF_MAX_KEY
 MAX_META = MF_MAX_META
@@ -405,6 +407,10 @@ cdef class Link:
             raise LinkDown(status)
         return stats
 
+    cdef int note_copies(self) except -1:
+        """After something large: a device that does not take the caller's memory is no secret."""
+        return 0
+
     def __dealloc__(self):
         if self.link.pool is not NULL:
             mf_pool_free(self.link.pool)
@@ -452,6 +458,7 @@ cdef int64_t TEST_NS = 3000000000  # a connection that loses so much is worse th
 
 cdef class VerbsLink(Link):
     fabric = "verbs"
+    cdef bint told
 
     def __init__(self, bytes device, double timeout_s):
         cdef char why[MF_WHY]
@@ -499,6 +506,22 @@ cdef class VerbsLink(Link):
         if mf_pool_add(self.link.pool, fd, queue):
             raise MemoryError
         pair.queue = NULL
+
+    @property
+    def copied(self):
+        return self.link.remote.refused
+
+    cdef int note_copies(self) except -1:
+        if self.told or not self.link.remote.refused:
+            return 0
+        self.told = True
+        log.warning(
+            "verbs: device %s does not take the program's own memory (%s%s), so large values are copied on their way",
+            self.link.remote.device.name.decode("utf-8", "replace"),
+            os.strerror(self.link.remote.refusal),
+            "; is `ulimit -l` too low?" if self.link.remote.refusal == ENOMEM else "",
+        )
+        return 0
 
 
 cdef class QueuePair:
@@ -653,6 +676,8 @@ cdef class StoreCore:
                             with nogil:
                                 status = mf_link_take(&link.link, &got, into, found.meta)
                         if status == MF_OK:
+                            if got.value_len >= MF_LEND:
+                                link.note_copies()
                             return value
                 finally:
                     mf_link_leave(&link.link, &got)
@@ -708,6 +733,8 @@ cdef class StoreCore:
                             status = mf_link_take(&link.link, &got, view.buf, found.meta)
                 mf_link_leave(&link.link, &got)
             if status == MF_OK:
+                if length >= <Py_ssize_t>MF_LEND:
+                    link.note_copies()
                 return length
             if status == MF_ABSENT:
                 return -1
@@ -787,6 +814,8 @@ cdef class StoreCore:
                         else:
                             status = mf_link_put(&link.link, True, put)
             if status == MF_OK or status == MF_ABSENT:
+                if put.value_len >= MF_LEND:
+                    link.note_copies()
                 return status == MF_OK
             self.mend(shard, status, &attempts, key)
 
@@ -803,6 +832,7 @@ cdef class StoreCore:
         try:
             if view.len <= <Py_ssize_t>self.part_size:
                 putting(&put, k, n, 0, &view)
+                put.constant = type(value) is bytes
                 self.change(key, &put, False)
                 if put.replaced.length:
                     self._forget(manifest_of(&put.replaced))
@@ -821,6 +851,7 @@ cdef class StoreCore:
         PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
         try:
             putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, &view)
+            put.constant = type(value) is bytes or (type(value) is memoryview and type(value.obj) is bytes)
             put.meta = PyBytes_AS_STRING(meta)
             put.meta_len = PyBytes_GET_SIZE(meta)
             put.flags = flags
@@ -1000,7 +1031,7 @@ cdef class StoreCore:
         cdef mf_stream *stream
         cdef Link link
         cdef const char *k
-        cdef Py_ssize_t n, first = 0, start, end, window
+        cdef Py_ssize_t n, first = 0, start, end, window, most
         cdef int status
         cdef list manifests = []
         while first < len(pairs):
@@ -1009,13 +1040,14 @@ cdef class StoreCore:
             start = end = first
             if stream is not NULL:
                 window = 0
+                most = MF_LANDING if link.link.fabric == MF_VERBS else MF_WINDOW
                 status = MF_OK
                 try:
                     while status == MF_OK and end < len(pairs) and end - start < MF_WINDOW_COUNT:
                         key, value = pairs[end]
                         key_bytes(key, &k, &n)
                         window += sizeof(request) + n + PyBytes_GET_SIZE(value)
-                        if window > MF_WINDOW and end > start:
+                        if window > most and end > start:
                             break
                         clear(&request, MF_PUT, n)
                         request.value_len = PyBytes_GET_SIZE(value)
@@ -1076,6 +1108,7 @@ cdef class StoreCore:
 cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_buffer *view) noexcept nogil:
     put.space = space
     put.flags = 0
+    put.constant = False
     put.key = k
     put.key_len = n
     put.meta = NULL
@@ -1177,6 +1210,8 @@ cdef class RegionCore:
                 with nogil:
                     status = mf_link_region(&link.link, verb, offset, data, length, b, c, before)
             if status == MF_OK:
+                if length >= MF_LEND:
+                    link.note_copies()
                 return 0
             if status == MF_TIMEOUT:
                 raise DeadlineExceeded(f"offset {offset}: the memory function did not answer in time")
