@@ -163,7 +163,7 @@ class _Run:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
     """For tests that leave it with two donors, a broker and no store: to start one takes long here."""
-    local.START_S = 100.0  # it is emulated, with a disk that is far away
+    local.START_S = 250.0  # it is emulated, with a disk that is far away
     with LocalCluster(donors=2, memory=160 * MIB) as cluster:
         yield cluster
 

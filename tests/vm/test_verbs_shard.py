@@ -45,11 +45,12 @@ def test_every_operation_on_revoked_memory_says_so(cut: bool) -> None:
         lease.memory.revoke()
         if cut:
             os.ftruncate(lease.data_fd, 0)
-        left = BareStore(lease.memory.part_size)
+        left = BareStore(lease.memory.part_size)  # which connects to nothing anew
         for link, use in zip(links, all_uses(left), strict=True):
             left._set_link(0, link)
             assert reason_of(use) in (BROKEN, NEED_CONNECTION)  # the latter of what is tried again singly
-            left._set_link(0, lease.tcp_link())
+        store._set_link(0, lease.tcp_link())
+        for use in all_uses(store):
             assert reason_of(use) == REVOKED
         lease.hang_up()
         assert fsck.held(lease.control_fd, "shard", MIN_SHARD) == {}
