@@ -34,10 +34,19 @@ def main(arguments: list[str]) -> int:
         built.build(Path(name))  # a compiler takes a minute inside
         command = [sys.executable, "-m", "memfaas.cli", "bench", "verbs", "--output", str(machine.SHARED / _RESULTS)]
         outcome = machine.run(
-            [*command, *arguments],
+            [
+                "bash",
+                "-o",
+                "pipefail",
+                "-c",
+                '"$@" 2>&1 | cat',
+                "-",
+                *command,
+                *arguments,
+            ],  # no progress on the console
             _ROOT,
             Path(name),
-            environment={built.BUILT: str(machine.SHARED), "NO_COLOR": "1", "COLUMNS": "200"},
+            environment={built.BUILT: str(machine.SHARED)},
             cpus=2,
             memory="2G",
             timeout_s=_LIMIT_S,

@@ -28,7 +28,7 @@ from tests.vm import machine
 _INSIDE = "TESTS_ARE_IN_VM"
 _REPORTS = "reports"
 _FSCK = "fsck.so"
-_BOOT_S = 120.0
+_BOOT_S = 300.0
 _TEST_S = 200.0
 """For each test, on a machine that is busy with other things too."""
 _LAST_LINES = 60
