@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from memfaas.bench.verbs import perftest, report
 from memfaas.bench.verbs.bars import BARE, NULL_BARE, NULL_OURS, OURS, PERFTEST, PERFTEST_LATENCY, PYVERBS
+from memfaas.bench.verbs.ways import COUNTS
 from memfaas.cli import main
 
 pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
@@ -17,7 +18,7 @@ WITHOUT_DEVICE = {NULL_OURS, NULL_BARE}
 
 
 def test_every_way_is_measured_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perftest, "COUNTS", dict.fromkeys(perftest.COUNTS, 5))  # for figures, more are needed
+    monkeypatch.setattr(perftest, "COUNTS", dict.fromkeys(COUNTS, 5))  # for figures, more are needed
     done = CliRunner().invoke(main, ["bench", "verbs", "--rounds", "1", "--output", str(tmp_path)])
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.glob("bench-verbs-*.json")
