@@ -129,19 +129,25 @@ class Custodian:
         Comes to its end even when the one who asked goes away; what frees the lease meanwhile waits for that.
         Raises CapacityError, TransportError, UsageError.
         """
-        await self._line.caught_up()  # whoever asked may have given up while this process stood still
         if spec.lease in self._granting:
             raise UsageError(f"lease {short(spec.lease)} is being granted already")
-        self._granting[spec.lease] = over = trio.Event()
+        self._granting[spec.lease] = trio.Event()  # before anything else: the next request may be to free it
+        try:
+            await self._line.caught_up()  # whoever asked may have given up while this process stood still
+        except trio.Cancelled:
+            self._end_granting(spec.lease)
+            raise
 
         async def grant() -> Granted:
             try:
                 return await self._grant(spec, arrives_within)
             finally:
-                del self._granting[spec.lease]
-                over.set()
+                self._end_granting(spec.lease)
 
         return await process.detached(self._nursery, grant)
+
+    def _end_granting(self, lease: bytes) -> None:
+        self._granting.pop(lease).set()
 
     async def _grant(self, spec: LeaseSpec, arrives_within: float | None) -> Granted:
         await self._check(spec)
