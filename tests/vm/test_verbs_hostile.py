@@ -160,6 +160,16 @@ def test_what_was_reserved_is_free_again_when_its_client_leaves_or_stalls(lease:
     goes_on(lease)
 
 
+def test_a_commit_of_what_was_not_reserved_ends_the_connection(lease: BareLease) -> None:
+    for reserved, committed in ((0, 1 << 20), (1 << 20, 2 << 20), (1 << 20, (1 << 20) + 1)):
+        with Hostile(lease) as client:
+            if reserved:
+                assert client.ask(request(RESERVE, value=reserved))
+            client.post(SEND, request(COMMIT, value=committed, number=2))
+            until(lambda: lease.server.verbs_connections() == 0)
+    goes_on(lease)
+
+
 def test_places_are_bounded_and_free_again(lease: BareLease) -> None:
     address = VerbsLink(b"", 5).queue_pair().address
     ends = [lease.server.verbs_end(b"", address) for _ in range(PLACES)]
