@@ -163,7 +163,8 @@ class Custodian:
                 os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
-        device = local_device(self._settings.device)
+        # What is registered is pinned in memory, and a disk is to relieve that.
+        device = local_device(self._settings.device) if self._settings.backing is None else ""
         endpoint = Endpoint(node=boot_id(), unix_path=str(path), host=self.host, port=port, verbs=device)
         custody = self._custody(spec, endpoint, descriptors, arrives_within)
         try:

@@ -432,8 +432,8 @@ class Custody:
         except TransportError:
             self.state = state
             raise
-        if cut.registered and self._function is not None:
-            await self._function.kill()
+        if self.endpoint.verbs and self._function is not None:
+            await self._function.kill()  # what it has registered with the device is free only then
         if cut.index is not None:
             self._size, self.punched = self._size - cut.size, 0
         if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more

@@ -98,8 +98,7 @@ class Served:
         if not self.message.fresh:
             await trio.to_thread.run_sync(self._memory.reap, 0)
         self._doorman = Doorman(spec, self.message.donor, self.message.ticket_key)
-        # What is registered is pinned in memory, and a disk is to relieve that.
-        device = "" if self.message.spill else self.message.endpoint.verbs
+        device = self.message.endpoint.verbs
         self._door = Door(self._memory, [self._data, self._control], self._doorman, device, self._on_change)
         if self.message.arrives_within is not None:
             self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)

@@ -62,7 +62,7 @@ struct mf_device;
  * - Nothing is registered while verbs is closed: who registers looks, and who closes says so, while it has `turns`.
  * - All chunks below `ahead` are registered, unless `failure` is set: then nothing more is registered ahead.
  * - The pages of a registered chunk are pinned, so the kernel does not take them back: who wants them back drops all
- *   chunks first (punch, give_back), or ends the process (control->registered; see mf_chunks_key).
+ *   chunks first (punch, give_back), or ends the process (the agent, when it evicts).
  * - A region's chunk counts as written from when its key is first given away, not from when it is registered: what
  *   was only registered ahead need not be copied when the lease moves. */
 struct mf_chunks {

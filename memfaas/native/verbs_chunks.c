@@ -62,8 +62,7 @@ static int registered(struct mf_chunks *chunks, uint64_t chunk) {
         access |= IBV_ACCESS_REMOTE_ATOMIC;
     if (chunks->registered[chunk])
         return 0;
-    /* From here on the pages are pinned: who cuts the memory off must end us, or they are not free. It revokes
-     * first, and looks then; we the other way round, so one of us sees the other. */
+    /* From here on the pages are pinned: who cuts the memory off must end us, or they are not free. */
     atomic_store(&memory->control->registered, 1);
     if (atomic_load(&memory->control->state) == MF_STATE_REVOKED)
         return EIDRM;
