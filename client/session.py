@@ -156,8 +156,8 @@ class Session:
         All but the name matter only to a store that is created; one that exists stays as it is.
         Opening a store that this session has open returns the same object.
 
-        Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when shm is pinned and the
-        store is on other nodes; BrokerUnavailable, DeadlineExceeded.
+        Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when a fabric is pinned that
+        does not reach the store; BrokerUnavailable, DeadlineExceeded.
         """
         _check_choice("compression", compression, messages.Compression)
         _check_choice("on_reclaim", on_reclaim, messages.OnReclaim)
@@ -189,8 +189,8 @@ class Session:
     def lease(self, size: str | int) -> Region:
         """Leases raw memory on one donor, all zero: bytes, or like "64MiB".
 
-        Raises CapacityError, UsageError; FabricUnavailable when shm is pinned and the donor is
-        another node; BrokerUnavailable, DeadlineExceeded.
+        Raises CapacityError, UsageError; FabricUnavailable when a fabric is pinned that does
+        not reach the donor; BrokerUnavailable, DeadlineExceeded.
         """
         owner = b""
 
