@@ -5,6 +5,7 @@ The fast path of an operation on mapped memory runs with the GIL held and never 
 than letting the GIL go. Whatever copies much or may wait runs without the GIL.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_ND,
@@ -288,6 +289,8 @@ cdef class Memory:
             mf_unmap(&self.memory)
 
 
+# What is collected with others must still have its memory, its server or its link when it ends.
+@cython.no_gc_clear
 cdef class Server:
     cdef Memory memory
     cdef mf_server *server
@@ -364,6 +367,7 @@ cdef class Server:
             mf_server_free(self.server)
 
 
+@cython.no_gc_clear
 cdef class ServerEnd:
     cdef mf_end *end
     cdef Server server
@@ -524,6 +528,7 @@ cdef class VerbsLink(Link):
         return 0
 
 
+@cython.no_gc_clear
 cdef class QueuePair:
     cdef mf_queue *queue
     cdef VerbsLink link

@@ -27,6 +27,7 @@ class Bench:
     """Stands for a session: its broker knows no place of any lease."""
 
     fabric: str = "auto"
+    device: str = ""
     timeout: float = 1.0
     located: int = 0
     closed_stores: list[Store] = field(default_factory=list)

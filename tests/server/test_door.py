@@ -91,14 +91,16 @@ def test_a_welcome_that_does_not_go_out_at_once_ends_the_connection() -> None:
             pass
 
 
-@pytest.mark.parametrize("spill", [False, True])
-async def test_what_lies_on_a_disk_is_not_pinned_in_memory(descriptors: list[int], tmp_path: Path, spill: bool) -> None:
-    endpoint = Endpoint(node="n", unix_path=str(tmp_path / "u"), host="127.0.0.1", port=1, verbs="rxe0:1:0")
-    serve = Serve(donor="d", spec=SPEC, endpoint=endpoint, ticket_key=KEY, fresh=True, spill=spill)
+@pytest.mark.parametrize("device", ["", "rxe0:1:0"])
+async def test_a_lease_that_was_granted_without_a_device_has_none(
+    descriptors: list[int], tmp_path: Path, device: str
+) -> None:
+    endpoint = Endpoint(node="n", unix_path=str(tmp_path / "u"), host="127.0.0.1", port=1, verbs=device)
+    serve = Serve(donor="d", spec=SPEC, endpoint=endpoint, ticket_key=KEY, fresh=True)
     served = Served(serve, [*descriptors, -1, -1], lambda: None, lambda: None)
     await served.prepare()
     near, far = trio.testing.memory_stream_pair()
     await rpc.send_message(near, messages.VerbsHello(address=bytes(32)))
     with pytest.raises(FabricUnavailable) as caught:
         await served._door._queue_pair(far)  # type: ignore[arg-type]
-    assert ("on a disk" in str(caught.value)) == spill
+    assert ("or has it on a disk" in str(caught.value)) == (not device)
