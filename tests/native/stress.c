@@ -99,8 +99,8 @@ static void connect_tcp(struct client *client) {
     int old = __atomic_exchange_n(&chaos[place], copy, __ATOMIC_ACQ_REL);
     if (old)
         close(old);
-    int error = mf_server_serve(server, ends[1]);
-    if (error || mf_pool_add(client->link.pool, ends[0]))
+    int error = mf_server_serve(server, ends[1], NULL);
+    if (error || mf_pool_add(client->link.pool, ends[0], NULL))
         abort();
 }
 
@@ -108,7 +108,7 @@ static void connect_tcp(struct client *client) {
 static bool mend(struct client *client, int status) {
     if (status == MF_FROZEN)
         return moves || punches; /* for the length of a copy */
-    if (client->link.mapped || (status != MF_BROKEN && status != MF_NEED_CONNECTION))
+    if (client->link.fabric == MF_SHM || (status != MF_BROKEN && status != MF_NEED_CONNECTION))
         return false;
     connect_tcp(client);
     return true;
@@ -132,7 +132,7 @@ static void get_one(struct client *client, uint64_t number) {
             check_value(client->got, number, length);
     } while (mend(client, status));
     if (status != MF_OK && status != MF_ABSENT)
-        fail("a get failed", status, client->link.mapped);
+        fail("a get failed", status, client->link.fabric == MF_SHM);
 }
 
 static void change_one(struct client *client, uint64_t number, bool delete_) {
@@ -191,11 +191,13 @@ static void open_client(struct client *client, uint32_t participant, uint64_t se
     client->scanned = malloc(MF_GROUP * (16 + MF_MAX_KEY));
     client->link.timeout = timeout;
     if (participant) {
-        client->link.mapped = true;
+        client->link.fabric = MF_SHM;
         client->link.memory = unused;
         client->link.memory.participant = participant;
-    } else
+    } else {
+        client->link.fabric = MF_TCP;
         client->link.pool = mf_pool_new(timeout);
+    }
 }
 
 static void close_client(struct client *client) {
