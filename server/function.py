@@ -142,9 +142,11 @@ class Function:
             self._nursery.cancel_scope.cancel()  # its agent takes the memory back
 
     def the_lease(self) -> Served:
-        """Raises ProtocolError when there is none."""
-        if self._served is None or self._ended:
+        """Raises ProtocolError when there is none, and LeaseLost when its memory is being given back."""
+        if self._served is None:
             raise ProtocolError("this function serves no lease")
+        if self._ended:
+            raise LeaseLost(f"lease {self._served.name} is over, and its memory is being given back")
         return self._served
 
     def _received(self) -> None:

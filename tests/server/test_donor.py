@@ -12,9 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-from memfaas import _native, auth, fabric, local_agent, messages
+from memfaas import _native, auth, fabric, local_agent, messages, rpc
 from memfaas.errors import CapacityError, DeadlineExceeded, LeaseLost, UsageError
 from memfaas.server import pressure
+from memfaas.server.fds import FdStream
 from memfaas.server.records import Room
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
@@ -252,6 +253,36 @@ async def test_a_new_agent_finds_the_functions_of_a_killed_one(served: Served, f
         await ann.ask(messages.DeleteStore(name="s"), messages.Done)
         await ann.ask(messages.ReleaseLease(lease=region.lease), messages.Done)
         await eventually(lambda: has_all_back(served))
+
+
+class Ending:
+    """A function that gives its memory back as a new agent comes."""
+
+    async def on_request(self, message: messages.Message) -> messages.Message:
+        raise LeaseLost("it is over")
+
+    def on_notice(self, message: messages.Message) -> None: ...
+
+
+async def test_a_new_agent_lends_only_when_functions_that_were_about_to_end_have_ended(
+    served: Served, folder: Path, nursery: trio.Nursery
+) -> None:
+    donor = DonorProcess(served.port, folder)
+    donor.home.mkdir(parents=True, mode=0o700)
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(donor.home / "L.ctl"))
+        listener.listen()
+        donor.launch()
+        with trio.fail_after(LIMIT_S):
+            stream, _ = await listener.accept()
+        function = rpc.Channel(FdStream(stream), Ending(), "the agent")
+        nursery.start_soon(function.run)
+        await trio.sleep(0.3)
+        assert "d" not in served.broker.tables.donors
+        (donor.home / "L.ctl").unlink()
+        await function.aclose()
+        await eventually(lambda: "d" in served.broker.tables.donors)
+    await donor.stop()
 
 
 async def test_a_lease_whose_function_died_with_the_agent_is_lost_and_said_to_be(served: Served, folder: Path) -> None:
