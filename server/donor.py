@@ -251,19 +251,25 @@ class Agent:
 
     async def _begin_grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
         """See `_grant`. What frees the lease while this goes on waits for its end."""
-        await self._line.caught_up()  # whoever asked may have given up while this process stood still
         if spec.lease in self._granting:
             raise UsageError(f"lease {spec.lease.hex()[:8]} is being granted already")
-        self._granting[spec.lease] = over = trio.Event()
+        self._granting[spec.lease] = trio.Event()  # before anything else: the next request may be to free it
+        try:
+            await self._line.caught_up()  # whoever asked may have given up while this process stood still
+        except trio.Cancelled:
+            self._end_granting(spec.lease)
+            raise
 
         async def grant() -> Granted:
             try:
                 return await self._grant(spec, incoming)
             finally:
-                del self._granting[spec.lease]
-                over.set()
+                self._end_granting(spec.lease)
 
         return await process.detached(self._nursery, grant)
+
+    def _end_granting(self, lease: bytes) -> None:
+        self._granting.pop(lease).set()
 
     async def _grant(self, spec: LeaseSpec, incoming: float | None = None) -> Granted:
         """Makes memory for a lease, and has it served; `incoming`: once another donor has sent it, in that time."""

@@ -53,11 +53,11 @@ def test_without_any_source_there_are_defaults(home: Path, tmp_path: Path) -> No
     assert (broker.listen_host, broker.listen_port, broker.lease_ttl) == ("127.0.0.1", 7411, 30.0)
     assert broker.secret_file == home / ".config/memfaas/secret"
 
-    donor = load_settings(DonorSettings, {"name": "node1"}, environ={})
+    donor = load_settings(DonorSettings, {"name": "n"}, environ={})
     assert (donor.memory, donor.headroom, donor.warm, donor.listen_host) == ("auto", 2**30, 2, None)
     assert donor.broker == Address("127.0.0.1", 7411)
     assert donor.runtime_dir == tmp_path / "run" / "memfaas"
-    assert donor.home == tmp_path / "run" / "memfaas" / "node1"
+    assert donor.home == tmp_path / "run" / "memfaas" / "n"
 
     client = load_settings(ClientSettings, environ={})
     assert (client.fabric, client.timeout, client.tenant) == ("auto", 10.0, None)
