@@ -235,9 +235,16 @@ class Registry(Moves):
             return outcome
         if notice.lease in donor.arriving:
             return self._end_move_in_vain(lease, notice.reason)
-        if notice.spec is not None and lease.state is State.MISSING and notice.spec.epoch >= lease.spec.epoch:
+        if notice.spec is not None and self._was_newest(lease, notice.spec.epoch):
             return self._gone_unseen(lease, notice, notice.spec)
         return Outcome()
+
+    @staticmethod
+    def _was_newest(lease: Lease, epoch: int) -> bool:
+        """Whether a copy that this broker never saw was newer than all that it knows."""
+        if lease.state is State.MISSING:
+            return epoch >= lease.spec.epoch
+        return lease.state is State.HELD and epoch > lease.spec.epoch
 
     def _learn_loss(self, notice: LeaseGone) -> Outcome:
         """An earlier life of the broker knew the lease; this one hears of it only now that it is over."""
@@ -257,12 +264,16 @@ class Registry(Moves):
         return outcome
 
     def _gone_unseen(self, lease: Lease, notice: LeaseGone, spec: LeaseSpec) -> Outcome:
-        """A lease that no donor has shown, and none will."""
+        """A lease whose newest copy no donor has shown, and none will. One that is older is not to be served."""
+        holder = self._take(lease) if lease.state is State.HELD else None
         lease.spec = msgspec.structs.replace(lease.spec, epoch=max(lease.spec.epoch, spec.epoch))
         if notice.dropped is not None and lease.spec.store is not None:
-            return self._drop(lease, notice.dropped, notice.reason)
-        outcome = self._end_copy(lease, notice.reason)
-        outcome += self._without_donor(lease, notice.reason)
+            outcome = self._drop(lease, notice.dropped, notice.reason)
+        else:
+            outcome = self._end_copy(lease, notice.reason)
+            outcome += self._without_donor(lease, notice.reason)
+        if holder is not None:
+            outcome += self._must_free(holder, spec.lease, lease.cost, notice.reason)
         return outcome
 
     def granted(self, donor: str, lease: bytes, endpoint: Endpoint, memory: Memory) -> bool:
