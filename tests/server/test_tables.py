@@ -383,6 +383,26 @@ def test_a_new_broker_learns_what_a_donor_lost_before(world: World) -> None:
         world.donors["d"].unsaid_gone = said
 
 
+def test_a_copy_in_doubt_is_not_served_again_when_the_newer_one_was_lost(world: World) -> None:
+    for name in ("d", "e"):
+        world.donor(name)
+    session = world.session()
+    region = world.region(session, "d")
+    world.relocate("d", region, "e")
+    world.sends_all("d", region)
+    world.says_arrived("e")  # clients write there from now on; d does not hear of it
+    world.restart()
+    world.tables.open_session(session, "t", [], [region])
+    world.connect("d")
+    world.evict("e", region)
+    with pytest.raises(TransportError):
+        world.settles("d", region)  # only e could tell
+    world.connect("e")
+    assert region not in world.donors["d"].held
+    with pytest.raises(LeaseLost):
+        world.tables.locate("t", region)
+
+
 def test_a_new_broker_gives_a_cache_anew_what_was_dropped_before(world: World) -> None:
     for name in ("d", "e"):
         world.donor(name)
