@@ -439,8 +439,10 @@ class Agent:
         try:
             serving, descriptors = await self._ask_to_serve_us(link)
         except LeaseLost:
-            await link.ended.wait()  # when it has ended its memory is free: until then we must not say so
-            await link.process.let_go()
+            try:
+                await link.ended.wait()  # when it has ended its memory is free: until then we must not say so
+            finally:
+                await link.process.let_go()
             return
         except BaseException:
             await link.process.let_go()
