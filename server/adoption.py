@@ -55,8 +55,10 @@ async def _adopt(path: Path, nursery: trio.Nursery) -> Adopted | None:
     try:
         return await _ask_to_serve_us(function)
     except LeaseLost:
-        await function.ended.wait()  # when it has ended its memory is free: until then we must not say so
-        await function.process.let_go()
+        try:
+            await function.ended.wait()  # when it has ended its memory is free: until then we must not say so
+        finally:
+            await function.process.let_go()
         return None
     except BaseException:
         await function.process.let_go()
