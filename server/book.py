@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from memfaas.messages import Kind, LeaseSpec, StoreSpec
+from memfaas.server import records
 from memfaas.server.records import (
     DONOR_GRACE_S,
     NOWHERE,
@@ -58,6 +59,9 @@ class Book:
         """Who leases how much where."""
         self._complete_at = clock() + DONOR_GRACE_S
         """From then on, what no donor has shown does not exist."""
+        self._back_by = clock() + records.RETURN_S
+        """By then the donors that an earlier life of the broker knew have shown what they hold, but for those
+        that something else befell."""
         self._expected: dict[str, set[bytes]] = {}
         """By donor that is not known: leases that are said to have moved there."""
         self._ended: set[bytes] = set()

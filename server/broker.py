@@ -20,7 +20,7 @@ from memfaas.addresses import Address
 from memfaas.config import BrokerSettings
 from memfaas.errors import MemfaasError, UsageError
 from memfaas.messages import DonorReport, HeldLease, Hello, LeaseGone, Register, Registered, short
-from memfaas.server import granting, process, usage
+from memfaas.server import process, records, usage
 from memfaas.server.courier import Courier
 from memfaas.server.donors import DonorPeer
 from memfaas.server.granting import Grants
@@ -151,7 +151,7 @@ class Broker:
     def saw_earlier_life(self) -> None:
         """Somebody knows this broker from before: others will be back soon, too."""
         if trio.current_time() < self.settled_at:
-            self.settled_at = self.started_at + granting.RETURN_S
+            self.settled_at = self.started_at + records.RETURN_S
 
     # --- waiting --------------------------------------------------------------------------------
 

@@ -12,13 +12,12 @@ import trio
 
 from memfaas.errors import CapacityError, ClosedError, LeaseLost, MemfaasError
 from memfaas.messages import Grant, Granted, OpenStore, StoreSpec, short
+from memfaas.server import records
 from memfaas.server.records import Lease, Outcome, Room, State, Store, ToFree
 
 if TYPE_CHECKING:
     from memfaas.server.broker import Broker
 
-RETURN_S = 3.0
-"""How long a request waits for donors that are known to be on their way back."""
 _GRANT_S = 10.0
 _ROUNDS = 4
 
@@ -160,7 +159,7 @@ class Grants:
         until: float = math.inf,
     ) -> T:
         """Waits a moment for room while donors are on their way back."""
-        limit = min(until, trio.current_time() + RETURN_S)
+        limit = min(until, trio.current_time() + records.RETURN_S)
         rooms = rooms or self._tables.rooms
         while True:
             changed = self._broker.changed
@@ -175,7 +174,7 @@ class Grants:
                 raise CapacityError(f"{failure}{left_out}")
 
     def _donors_back_by(self) -> float:
-        away = [donor.away_since + RETURN_S for donor in self._tables.donors.values() if not donor.connected]
+        away = [donor.away_since + records.RETURN_S for donor in self._tables.donors.values() if not donor.connected]
         return max([self._broker.settled_at, *away])
 
     async def _grant(self, leases: list[Lease], excluded: set[str]) -> MemfaasError | None:

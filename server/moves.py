@@ -108,13 +108,23 @@ class Moves(Book):
             return Settled(moved=known.donor != source, epoch=known.spec.epoch), Outcome()
         if known is None or known.state is not State.HELD or known.donor != source:
             raise LeaseLost(f"lease {short(lease)} is not with donor {source} any more")
-        donor = self.donors.get(target)
-        if known.issued < epoch and (donor is None or not donor.connected):
-            # It was sent in an earlier life of the broker, and what came of it only the target knows.
-            if self._clock() < self._complete_at:
-                raise TransportError(f"lease {short(lease)}: donor {target} has not come back yet; ask again")
-            raise LeaseLost(f"lease {short(lease)} was sent to donor {target}, which did not come back")
+        if known.issued < epoch:
+            self._wait_for_word(lease, target)
         return self._void(known, epoch, target)
+
+    def _wait_for_word(self, lease: bytes, target: str) -> None:
+        """It was sent in an earlier life of the broker. What came of it only the target knows; and if that
+        has sent it on since, who has it now. Raises TransportError for as long as they may still come, then
+        LeaseLost.
+        """
+        donor = self.donors.get(target)
+        away = donor is None or not donor.connected
+        if self._clock() < (self._complete_at if away else self._back_by):
+            raise TransportError(
+                f"lease {short(lease)}: who has it, of donor {target} and others, is not known yet; ask again"
+            )
+        if away:
+            raise LeaseLost(f"lease {short(lease)} was sent to donor {target}, which did not come back")
 
     def _void(self, lease: Lease, epoch: int, target: str) -> tuple[Settled, Outcome]:
         self._end_move(lease)

@@ -13,6 +13,8 @@ from memfaas.messages import Endpoint, LeaseSpec, Memory, StoreSpec
 DONOR_GRACE_S = 300.0
 """How long a donor may be away (its agent is killed, its node cut off) before its leases are lost: as long
 as memory functions wait for a new agent (`ORPHAN_LIFE_S`), so that none is given up while it serves."""
+RETURN_S = 3.0
+"""How long donors that are on their way back are waited for by those who need to know what they hold."""
 MOVE_MARGIN_S = 5.0
 """How much longer than the donor that waits for a copy the broker waits for word of it."""
 REMEMBER_S = 86_400.0

@@ -403,6 +403,29 @@ def test_a_copy_in_doubt_is_not_served_again_when_the_newer_one_was_lost(world: 
         world.tables.locate("t", region)
 
 
+def test_a_copy_in_doubt_is_not_served_again_when_its_target_has_sent_the_lease_on(world: World) -> None:
+    for name in ("d", "e", "f"):
+        world.donor(name)
+    session = world.session()
+    region = world.region(session, "d")
+    world.relocate("d", region, "e")
+    world.sends_all("d", region)
+    world.says_arrived("e")  # d does not hear of it
+    world.relocate("e", region, "f")
+    world.sends_all("e", region)
+    world.says_arrived("f")
+    world.hears_that_it_moved("e", region)
+    world.restart()
+    world.tables.open_session(session, "t", [], [region])
+    world.connect("d")
+    world.connect("e")
+    with pytest.raises(TransportError):
+        world.settles("d", region)  # e does not have it, and nobody knows why
+    world.connect("f")
+    assert region not in world.donors["d"].held
+    assert world.tables.locate("t", region).donor == "f"
+
+
 def test_a_new_broker_gives_a_cache_anew_what_was_dropped_before(world: World) -> None:
     for name in ("d", "e"):
         world.donor(name)

@@ -137,7 +137,7 @@ class World:
     """Tables, and donors that do what they are told, as the broker would have it done."""
 
     def __init__(self) -> None:
-        self.now = 1000.0
+        self.now = self.started_at = 1000.0
         self.donors: dict[str, DonorModel] = {}
         self.told: list[tuple[bytes, bytes]] = []
         self.directed: list[tuple[bytes, bytes]] = []
@@ -314,7 +314,7 @@ class World:
         self.carry_out(self.tables.expire())
 
     def restart(self) -> None:
-        self.tables = self.new_tables()
+        self.tables, self.started_at = self.new_tables(), self.now
         for donor in self.donors.values():
             donor.connected = False
             donor.unsaid.clear()
