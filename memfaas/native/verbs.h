@@ -57,7 +57,8 @@ extern struct mf_verbs_api mf_verbs; /* filled once a device was opened */
 
 struct mf_device {
     struct ibv_context *context;
-    char name[80]; /* device:port:gid index */
+    char wanted[80]; /* as it was asked for */
+    char name[80];   /* device:port:gid index */
     uint8_t port;
     uint8_t gid_index;
     union ibv_gid gid;

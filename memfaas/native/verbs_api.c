@@ -98,6 +98,11 @@ static bool is_ipv4(const union ibv_gid *gid) {
     return memcmp(gid->raw, prefix, sizeof prefix) == 0;
 }
 
+static bool is_zero(const union ibv_gid *gid) {
+    static const union ibv_gid zero;
+    return memcmp(gid, &zero, sizeof zero) == 0;
+}
+
 /* The best GID of a port: on Ethernet RoCE v2, which is routed, and rather by an IPv4 address. -1: none. */
 static int choose_gid(struct mf_device *device, const char *name, const struct ibv_port_attr *port) {
     int best = -1;
@@ -132,6 +137,10 @@ static bool use_port(struct mf_device *device, const char *name, int number, int
         return false;
     }
     device->gid_index = (uint8_t)gid;
+    if (is_zero(&device->gid)) {
+        snprintf(why, MF_WHY, "port %d of device %s has no address at index %d", number, name, gid);
+        return false;
+    }
     return true;
 }
 
@@ -164,7 +173,8 @@ static bool use_device(struct mf_device *device, struct ibv_device *one, int por
 static bool search(struct mf_device *device, const char *wanted, char *why) {
     char name[64] = "";
     int port = 0, gid = -1, count = 0;
-    if (wanted[0] && sscanf(wanted, "%63[^:]:%d:%d", name, &port, &gid) < 1)
+    size_t length = strlen(wanted);
+    if (length >= sizeof device->wanted || (length && sscanf(wanted, "%63[^:]:%d:%d", name, &port, &gid) < 1))
         return snprintf(why, MF_WHY, "%.60s is not device[:port[:gid index]]", wanted), false;
     struct ibv_device **all = mf_verbs.get_device_list(&count);
     snprintf(why, MF_WHY, all && count ? "there is no RDMA device of this name: %.60s" : "this node has no RDMA device",
@@ -175,13 +185,16 @@ static bool search(struct mf_device *device, const char *wanted, char *why) {
             found = use_device(device, all[i], port, gid, why);
     if (all)
         mf_verbs.free_device_list(all);
+    if (found) {
+        memcpy(device->wanted, wanted, length + 1);
+        why[0] = 0;
+    }
     return found;
 }
 
+/* One that was asked for by another name may have another port or address. */
 static bool is_called(const struct mf_device *device, const char *wanted) {
-    size_t length = strlen(wanted);
-    char after = strncmp(device->name, wanted, length) == 0 ? device->name[length] : '?';
-    return length == 0 || after == 0 || after == ':';
+    return strcmp(device->wanted, wanted) == 0 || strcmp(device->name, wanted) == 0;
 }
 
 struct mf_device *mf_device_open(const char *wanted, char *why) {

@@ -44,8 +44,9 @@ def test_all_is_registered_ahead_while_there_are_clients_and_none_of_it_afterwar
         assert pinned() - before < CHUNK  # what is the client's own
         server.open_verbs()
         assert not server.begin_registering()  # nobody came back
-        lease.region(lease.verbs_link())
+        again = lease.region(lease.verbs_link())
         assert server.begin_registering()
+        assert again.read(0, 1)
         server.close_verbs("it is closed")
         assert not server.register_more()
         assert not lease.memory.registered()
