@@ -19,7 +19,7 @@ from memfaas.errors import FabricUnavailable, MemfaasError
 from memfaas.testing import fsck
 from memfaas.testing.lease import BareLease, BareStore
 from tests.e2e.scene import until
-from tests.vm.hostile import COMMIT, DELETE, PUT, RESERVE, SEND, WRITE, WRITE_WITH_NUMBER, Hostile, request
+from tests.vm.hostile import ADD, COMMIT, DELETE, PUT, RESERVE, SEND, WRITE, WRITE_WITH_NUMBER, Hostile, request
 
 pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
 
@@ -269,3 +269,79 @@ def test_an_index_and_heap_of_nonsense_harm_nobody_but_their_owner() -> None:
         assert other.get(b"k") == NOISE[:300_000]
         other._set_link(0, None)
         goes_on(neighbour)
+
+
+def test_devices_refuse_what_is_not_of_the_lease_and_change_nothing() -> None:
+    with BareLease("region", 1 << 20) as lease, BareLease("region", 1 << 20) as other:
+        with Hostile(other) as there:
+            theirs = there.welcome
+            assert there.done(WRITE, b"12345678", to=theirs.data + PAGE, key=theirs.first_key)
+            size = os.fstat(lease.data_fd).st_size
+            for opcode in (WRITE, ADD):
+                for change in ("key", "before", "behind", "across", "their key", "all theirs", "their landing area"):
+                    with Hostile(lease) as client:
+                        mine = client.welcome
+                        to, key = {
+                            "key": (mine.data + PAGE, mine.first_key ^ 1),
+                            "before": (mine.data - 8, mine.first_key),
+                            "behind": (mine.data + size, mine.first_key),
+                            "across": (mine.data + size - 4, mine.first_key),
+                            "their key": (mine.data + PAGE, theirs.first_key),
+                            "all theirs": (theirs.data + PAGE, theirs.first_key),
+                            "their landing area": (theirs.landing, theirs.landing_key),
+                        }[change]
+                        assert not client.done(opcode, b"8 bytes.", to=to, key=key), change
+            with Hostile(lease) as client:
+                mine = client.welcome
+                assert client.done(WRITE, b"8 bytes.", to=mine.data + PAGE, key=mine.first_key)
+                assert not client.done(ADD, b"8 bytes.", to=mine.landing, key=mine.landing_key)
+        for lent, expected in ((lease, b"8 bytes."), (other, b"12345678")):
+            data = os.pread(lent.data_fd, os.fstat(lent.data_fd).st_size, PAGE)
+            assert data == expected + bytes(len(data) - 8)
+
+
+def test_what_has_ended_is_not_reached_with_keys_that_were_good() -> None:
+    with BareLease("region", 1 << 20) as lease, Hostile(lease) as client:
+        mine = client.welcome
+        assert client.done(WRITE, b"8 bytes.", to=mine.data + PAGE, key=mine.first_key)
+        lease.server.close_verbs("the lease is over")
+        assert not client.done(WRITE, b"too late", to=mine.data + PAGE, key=mine.first_key)
+        assert os.pread(lease.data_fd, 8, PAGE) == b"8 bytes."
+
+
+# --- ends in the midst of it -----------------------------------------------------------------------------------
+
+
+def test_a_close_in_the_midst_of_large_puts_loses_none_that_was_acknowledged(lease: BareLease) -> None:
+    over = Event()
+    acknowledged: dict[bytes, int] = {}
+
+    def put(key: bytes) -> None:
+        number = 0
+        while not over.is_set():
+            with suppress(LinkDown, FabricUnavailable):
+                store = lease.store(lease.verbs_link())
+                while not over.is_set():
+                    number += 1
+                    store.put(key, NOISE[number : number + 900_000])
+                    acknowledged[key] = number
+
+    keys = [b"one", b"two"]
+    threads = [Thread(target=put, args=(key,)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for _ in range(15):
+        time.sleep(0.3)
+        lease.server.close_verbs("it is closed for a while")
+        lease.server.open_verbs()
+    until(lambda: len(acknowledged) == 2)
+    over.set()
+    for thread in threads:
+        thread.join()
+    store = lease.store(lease.tcp_link())
+    for key in keys:
+        value, number = store.get(key), acknowledged[key]
+        assert value in (NOISE[number : number + 900_000], NOISE[number + 1 : number + 900_001])
+        store.delete(key)
+    store._set_link(0, None)
+    goes_on(lease)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
+from memfaas._native import LinkDown, VerbsLink
+from memfaas.errors import FabricUnavailable
 from memfaas.testing.lease import Arrival, BareLease, BareStore, move
 from memfaas.units import MIB
 from tests.e2e.scene import until
@@ -65,6 +72,23 @@ def test_it_ends_when_the_last_client_leaves_and_begins_anew_with_the_next() -> 
         assert lease.server.register_more()
 
 
+def test_clients_and_closes_come_through_while_it_goes_on() -> None:
+    with BareLease("region", 6 * CHUNK, timeout_s=20) as lease:
+        region = lease.region(lease.verbs_link())
+        assert lease.server.begin_registering()
+
+        def register() -> None:
+            while lease.server.register_more():
+                pass
+
+        thread = Thread(target=register)
+        thread.start()
+        region.write(5 * CHUNK, b"8 bytes.")
+        lease.server.close_verbs("it is closed")
+        thread.join()
+        assert not lease.memory.registered()
+
+
 def test_what_was_only_registered_ahead_is_not_copied_when_the_lease_moves() -> None:
     size = 3 * CHUNK
     with BareLease("region", size, timeout_s=60) as lease:
@@ -80,6 +104,59 @@ def test_what_was_only_registered_ahead_is_not_copied_when_the_lease_moves() -> 
         assert sent <= 2 * CHUNK
         with move(lease.memory, to, rounds=0) as there:
             assert there.region(there.tcp_link()).read(2 * CHUNK - 4096, 4096) == NOISE[:4096]
+
+
+_CAP_IPC_LOCK = 14
+
+
+class _Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _Data(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """This thread, and those that it starts, may have so many bytes registered by the process, as users have."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, data = _Header(0x20080522, 0), (_Data * 2)()
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (size, max(size, hard)))
+    assert libc.capget(ctypes.byref(header), data) == 0
+    data[0].effective &= ~(1 << _CAP_IPC_LOCK)
+    assert libc.capset(ctypes.byref(header), data) == 0
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+        data[0].effective |= 1 << _CAP_IPC_LOCK
+        assert libc.capset(ctypes.byref(header), data) == 0
+
+
+def test_a_limit_of_locked_memory_ends_it_and_is_named() -> None:
+    with limited(2 * CHUNK), BareLease("region", 4 * CHUNK, timeout_s=10) as lease:
+        region = lease.region(lease.verbs_link())
+        assert lease.server.begin_registering()
+        with pytest.raises(
+            FabricUnavailable, match=r"64 of \d+ MiB are registered.*limit of locked memory \(131072 KiB\)"
+        ):
+            lease.server.register_more()
+        assert not lease.server.begin_registering()
+        region.write(0, b"the first chunk is served on")
+        with pytest.raises(LinkDown):
+            region.write(2 * CHUNK, b"x")
+        with pytest.raises(FabricUnavailable, match="limit of locked memory"):
+            lease.verbs_link()  # so it comes over tcp
+        lease.region(lease.tcp_link()).write(2 * CHUNK, b"x")
+
+
+def test_a_limit_below_one_chunk_is_named_too() -> None:
+    with limited(8 * MIB), BareLease("region", CHUNK) as lease:
+        address = VerbsLink(b"", 5).queue_pair().address
+        with pytest.raises(FabricUnavailable, match="limit of locked memory"):
+            lease.server.verbs_end(b"", address)
 
 
 # --- the function's part in reads ----------------------------------------------------------------------------
@@ -114,3 +191,19 @@ def test_a_function_has_no_part_in_100_000_gets_and_may_even_be_stopped() -> Non
             os.kill(function.pid, signal.SIGCONT)
         store.put(keys[0], b"new")
         assert store.get(keys[0]) == b"new"
+
+
+def test_a_stopped_function_of_another_process_serves_regions() -> None:
+    with FunctionProcess("region", 70 * MIB) as function, BareLease("region", MIB, timeout_s=30) as lease:
+        region = lease.region(lease.verbs_link())
+        region._set_link(function.link(30))
+        region.write(0, NOISE)
+        assert region.fetch_add(0, 0) == int.from_bytes(NOISE[:8], "little")
+        os.kill(function.pid, signal.SIGSTOP)
+        try:
+            assert region.read(0, len(NOISE)) == NOISE
+            region.write(100, b"written")
+            assert region.read(100, 7) == b"written"
+            assert region.fetch_add(0, 1) == int.from_bytes(NOISE[:8], "little")
+        finally:
+            os.kill(function.pid, signal.SIGCONT)
