@@ -27,6 +27,8 @@ _COMMANDS = {
     "get": "memfaas.cli.data:get",
     "ls": "memfaas.cli.data:ls",
     "rm": "memfaas.cli.data:rm",
+    "mount": "memfaas.cli.mount:mount",
+    "umount": "memfaas.cli.mount:umount",
     "demo": "memfaas.cli.demo:demo",
     "reclaim": "memfaas.cli.reclaim:reclaim",
     "lend": "memfaas.cli.reclaim:lend",
