@@ -13,7 +13,7 @@ BIN := .venv/bin
 BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
 
-BUILD_PACKAGES := gcc libc6-dev libibverbs-dev libxxhash-dev python3-dev python3-venv
+BUILD_PACKAGES := fuse3 gcc libc6-dev libfuse3-dev libibverbs-dev libxxhash-dev pkg-config python3-dev python3-venv
 TEST_PACKAGES := iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
 VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod qemu-system-x86
 
@@ -76,7 +76,7 @@ clean: ## Remove what was built and cached, but not .venv
 		if "$$python" .ci/check_python.py 2> /dev/null; then
 			echo "make: .venv with $$("$$python" --version)"
 			"$$python" -m venv .venv
-			$(BIN)/pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=80' 'Cython>=3.1'
+			$(BIN)/pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=80' 'setuptools-scm>=8' 'Cython>=3.1'
 			touch $@
 			exit
 		fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
@@ -43,10 +44,17 @@ class FileSystem:
     def __init__(self, store: KeyValue, *, chunk: int = DEFAULT_CHUNK) -> None:
         """Opens the file system in a store, or makes one in an empty store, with `chunk` bytes of data under each key."""
         self._lock = threading.RLock()
+        self._owner = os.getpid()
         self._volume = Volume(store, chunk=chunk, cache_s=0.0)
         self._ended = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="memfaas-fs", daemon=True)
         self._ticker.start()
+        atexit.register(self.close)
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of a file that lie together: a good size for reads and writes."""
+        return self._volume.data.chunk
 
     def _tick(self) -> None:
         while not self._ended.wait(BEAT_S):
@@ -60,6 +68,9 @@ class FileSystem:
         """Writes what waits. Closing twice does nothing."""
         if not self._ended.is_set():
             self._ended.set()
+            atexit.unregister(self.close)
+            if os.getpid() != self._owner:
+                return
             self._ticker.join()
             with self._errors() as volume:
                 volume.close()
@@ -200,8 +211,7 @@ class FileSystem:
         """A binary file: `mode` is one of rb, r+b, wb, w+b, xb, x+b, ab, a+b, as for the function of this name."""
         raw = self._open(path, mode, permissions)
         kind: Any = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
-        size = max(self._volume.data.chunk, io.DEFAULT_BUFFER_SIZE)
-        buffered: io.BufferedIOBase = kind(raw, size)
+        buffered: io.BufferedIOBase = kind(raw, self.chunk)
         return buffered
 
     def _open(self, path: str | bytes, mode: str, permissions: int = 0o666) -> _RawFile:
