@@ -11,7 +11,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # That extensions are named in pyproject.toml is still called experimental at each build.
 BUILD_ENV := PYTHONWARNINGS=ignore
-NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
+NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h fuse/*.pyx fuse/*.c fuse/*.h)
 
 BUILD_PACKAGES := fuse3 gcc libc6-dev libfuse3-dev libibverbs-dev libxxhash-dev pkg-config python3-dev python3-venv
 TEST_PACKAGES := iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
@@ -63,7 +63,7 @@ peers: .venv/.installed
 
 clean: ## Remove what was built and cached, but not .venv
 	@rm -rf build dist memfaas.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
-	rm -f memfaas/*.so .venv/.built
+	rm -f memfaas/*.so fuse/*.so .venv/.built
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # --- how -----------------------------------------------------------------------------------------

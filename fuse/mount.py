@@ -19,6 +19,8 @@ from memfaas.client.store import Store
 from memfaas.config import ClientSettings
 from memfaas.errors import MemfaasError, UnknownStore, UsageError
 from memfaas.fs.volume import Volume
+from memfaas.fuse import _extra
+from memfaas.fuse.extra import Extra
 from memfaas.fuse.operations import Operations
 from memfaas.units import MIB, format_size
 
@@ -55,13 +57,17 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
         volume = Volume(store, cache_s=options.cache_s)
         stack.callback(volume.close)
         operations = Operations(volume, lambda: _capacity(store), options.cache_s)
+        extra = Extra(operations)
+        _extra.install(extra)
         try:
             pyfuse3.init(operations, str(options.folder), _fuse_options(options))
         except RuntimeError as error:
             raise UsageError(f"cannot mount on {options.folder}: {error}") from error
         try:
+            if not _extra.used():
+                log.warning("this libfuse hides its calls: locks hold within this mount only, and there is no fallocate")
             ready()
-            trio.run(_serve, volume)
+            trio.run(_serve, volume, extra)
         finally:
             pyfuse3.close(unmount=True)
 
@@ -103,8 +109,9 @@ def _capacity(store: Store) -> tuple[int, int]:
     return info.size, max(info.size - info.used, 0)
 
 
-async def _serve(volume: Volume) -> None:
+async def _serve(volume: Volume, extra: Extra) -> None:
     async with trio.open_nursery() as nursery:
+        extra.nursery = nursery
         nursery.start_soon(_end_at_signal)
         nursery.start_soon(_tick, volume)
         await pyfuse3.main()

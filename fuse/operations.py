@@ -91,7 +91,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     def __init__(self, volume: Volume, capacity: Callable[[], tuple[int, int]], cache_s: float) -> None:
         """capacity: says how many bytes there are, and how many are free."""
         super().__init__()
-        self._volume = volume
+        self.volume = self._volume = volume
         self._capacity = capacity
         self._cache_s = cache_s
         self._handles: dict[int, _Handle | _Listing] = {}
@@ -129,6 +129,24 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         handle = self._handles[fh]
         assert isinstance(handle, _Handle)
         return handle
+
+    def file_of(self, fh: int) -> OpenFile:
+        return self._file(fh).file
+
+    def is_outdated(self, ino: int) -> bool:
+        """Whether another mount has changed a file that is open here."""
+        file = self._volume.files.renewed(ino)
+        return file is not None and file.mtime is None and self._known.get(ino) != self._print(file)
+
+    def forget_data(self, ino: int) -> None:
+        """The kernel reads it anew. Not in the event loop."""
+        file = self._volume.files.renewed(ino)
+        try:
+            pyfuse3.invalidate_inode(ino)
+        except OSError:
+            pass  # it has nothing
+        if file is not None:
+            self._note(file)
 
     @staticmethod
     def _print(file: OpenFile) -> tuple[int, int, int]:

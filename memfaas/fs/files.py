@@ -273,6 +273,19 @@ class Files:
             self._data.cut(file.ino, inode.size, max(inode.top, file.inode.top))
         self.saw(file.ino, inode)
 
+    def flush_inode(self, ino: int) -> None:
+        file = self._files.get(ino)
+        if file is not None:
+            self.flush(file)
+
+    def renewed(self, ino: int) -> OpenFile | None:
+        """An open file, with its inode as it is now."""
+        file = self._files.get(ino)
+        value = None if file is None else self._cells.read(inode_key(ino))
+        if value is not None:
+            self.saw(ino, Inode.unpack(value))
+        return file
+
     def _make_room(self, file: OpenFile) -> None:
         for one in [file, *self._files.values()]:
             self.flush(one)

@@ -144,7 +144,9 @@ class Members:
             if self._is_open(ino)
         }
         if self._cells.read(_sign_key(self.id)) is None:
-            log.warning("this mount gave no sign of life for %g s, and was taken for dead; it joins again", DEAD_S)
+            log.warning("this mount gave no sign of life for %g s, and was taken for dead: its locks are lost", DEAD_S)
+            self.id = os.urandom(8)
+            self._waiting.clear()  # another one has taken them over
             self.join()
         self._sign(held)
         for member in others:

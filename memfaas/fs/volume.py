@@ -21,6 +21,7 @@ from memfaas.fs.data import Data
 from memfaas.fs.directory import Directories, Entry, Leaf, check_name
 from memfaas.fs.errors import fail
 from memfaas.fs.files import Files
+from memfaas.fs.locks import Locks
 from memfaas.fs.members import Members
 from memfaas.fs.records import (
     DEFAULT_CHUNK,
@@ -76,6 +77,7 @@ class Volume:
         self.data = Data(store, self.cells, self.superblock.chunk)
         self.files = Files(self.cells, self.data, cache_s)
         self.members = Members(self.cells, self.files.is_open)
+        self.locks = Locks(self.cells, self.members)
         self._numbers: Iterator[int] = iter(())
         self.members.join()
 
