@@ -64,9 +64,7 @@ class Extra:
         try:
             start, end = _range(request)
             exclusive = request.type == fcntl.F_WRLCK
-            found = self._volume.locks.in_the_way(
-                request.ino, request.owner, exclusive=exclusive, start=start, end=end
-            )
+            found = self._volume.locks.in_the_way(request.ino, request.owner, exclusive=exclusive, start=start, end=end)
             if found is None:
                 request.reply_lock(fcntl.F_UNLCK, 0, 0, 0)
             else:

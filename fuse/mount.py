@@ -65,7 +65,9 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
             raise UsageError(f"cannot mount on {options.folder}: {error}") from error
         try:
             if not _extra.used():
-                log.warning("this libfuse hides its calls: locks hold within this mount only, and there is no fallocate")
+                log.warning(
+                    "this libfuse hides its calls: locks hold within this mount only, and there is no fallocate"
+                )
             ready()
             trio.run(_serve, volume, extra)
         finally:

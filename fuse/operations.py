@@ -3,9 +3,10 @@
 All requests of a mount run one after the other in the event loop, without a change of thread: over shm each takes some
 microseconds, which is less than the change would. What several processes have at once is in the store.
 
-The kernel keeps names and attributes for `cache_s`, and data as long as a file has the times and size that this mount saw when it
-was closed here. An open looks at the inode itself, so it never meets data older than the last close or fsync elsewhere.
-A name that the kernel kept may lead to an inode that was deleted meanwhile: open says ESTALE, and the kernel looks again.
+The kernel keeps names and attributes for `cache_s`, and data as long as a file has the times and size that this
+mount saw when it was closed here. An open looks at the inode itself, so it never meets data older than the last
+close or fsync elsewhere. A name that the kernel kept may lead to an inode that was deleted meanwhile: open says
+ESTALE, and the kernel looks again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -44,10 +45,9 @@ R = TypeVar("R")
 
 def _handler(
     function: Callable[Concatenate[Operations, P], R],
-) -> Callable[Concatenate[Operations, P], Awaitable[R]]:
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
     """Makes a handler of a function: its errors become those of the call."""
 
-    @functools.wraps(function)
     async def handle(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(self, *args, **kwargs)
@@ -64,7 +64,8 @@ def _handler(
             log.exception("%s failed", function.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from error
 
-    return handle
+    handler: Any = functools.update_wrapper(handle, function)
+    return handler  # type: ignore[no-any-return]
 
 
 class _Handle:
@@ -330,9 +331,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         while True:
             try:
-                ino, inode = self._volume.make(
-                    parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid
-                )
+                ino, inode = self._volume.make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
                 file = self._volume.files.opened(ino, inode, name)
                 return self._info(file, flags), self._attributes(ino, inode)
             except FileExistsError:
@@ -346,8 +345,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
                 pass  # and taken it away
 
     @_handler
-    def read(self, fh: int, off: int, size: int) -> bytes | bytearray:
-        return self._volume.files.read(self._file(fh).file, off, size)
+    def read(self, fh: int, off: int, size: int) -> bytes:
+        data: Any = self._volume.files.read(self._file(fh).file, off, size)  # any buffer will do
+        return data  # type: ignore[no-any-return]
 
     @_handler
     def write(self, fh: int, off: int, buf: bytes) -> int:

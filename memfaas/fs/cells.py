@@ -54,6 +54,7 @@ class KeyValue(Protocol):
     def _save_if(self, key: bytes, space: int, value: Buffer, tag: bytes, flags: int, expected: bytes) -> bool: ...
     def _remove_if(self, key: bytes, space: int, expected: bytes) -> bool: ...
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+    def keys(self) -> list[bytes]: ...
 
 
 class Cell(NamedTuple):
@@ -191,9 +192,7 @@ class Cells:
         self._clear(record, claimed, committed, forget=clear)
         return committed
 
-    def _clear(
-        self, record: bytes, claimed: Sequence[tuple[Change, bytes]], committed: bool, forget: bool
-    ) -> None:
+    def _clear(self, record: bytes, claimed: Sequence[tuple[Change, bytes]], committed: bool, forget: bool) -> None:
         """Takes the claims away. What can't be now (the store is full, say) is left for whoever changes the cell next.
 
         forget: the record goes, too. It must stay when a claim whose end is not known may still come to be.

@@ -5,14 +5,10 @@ from __future__ import annotations
 import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from memfaas.fs.cells import Cells
+from memfaas.fs.cells import Cells, KeyValue
 from memfaas.fs.directory import Directories
 from memfaas.fs.records import ROOT, Inode, number_of
-
-if TYPE_CHECKING:
-    from memfaas.client.store import Store
 
 
 @dataclass
@@ -23,7 +19,7 @@ class Findings:
     """Inodes that no name leads to and nobody will free: a mount was killed while it made them."""
 
 
-def check(store: Store) -> Findings:
+def check(store: KeyValue) -> Findings:
     """Nobody may change the file system meanwhile."""
     cells = Cells(store)
     dirs = Directories(cells)

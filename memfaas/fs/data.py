@@ -1,7 +1,8 @@
-"""The data of files: chunks, each a value of its own. One that is absent is a hole, and one that is short ends in zeros.
+"""The data of files: chunks, each a value of its own. One that is absent is a hole, and one that is short ends in
+zeros.
 
-What lies in a chunk beyond the end of its file is never shown: whoever makes a file shorter takes it away, and whoever makes
-it longer has its new size in the inode before the data.
+What lies in a chunk beyond the end of its file is never shown: whoever makes a file shorter takes it away, and
+whoever makes it longer has its new size in the inode before the data.
 """
 
 from __future__ import annotations

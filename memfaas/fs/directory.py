@@ -1,10 +1,10 @@
 """Directories: a trie of cells for each, by the hash of the names.
 
 A *leaf* is b"L" and its entries, each `/name NUL inode-in-hex type`. Names hold neither `/` nor NUL, so an entry is
-found, put in, taken out and listed by one operation on bytes. A leaf that grows above a limit becomes a *branch*, b"B",
-with 16 leaves below it, in one transaction. A branch never becomes a leaf again, so everybody may remember it: in a
-directory of any size a name is looked up with one get, and changed with one conditional put. Mounts that change one large
-directory seldom meet in one leaf, and when they do, one of them does its part again.
+found, put in, taken out and listed by one operation on bytes. A leaf that grows above a limit becomes a *branch*,
+b"B", with 16 leaves below it, in one transaction. A branch never becomes a leaf again, so everybody may remember
+it: in a directory of any size a name is looked up with one get, and changed with one conditional put. Mounts that
+change one large directory seldom meet in one leaf, and when they do, one of them does its part again.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Directories:
         """All leaves, read without waiting."""
         level = [root_key(ino)]
         while level:
-            below = []
+            below: list[bytes] = []
             for key, value in zip(level, self._cells.read_many(level), strict=True):
                 if value == _BRANCH:
                     self._note_branch(key)
@@ -172,7 +172,7 @@ class Directories:
         changes = []
         level = [root_key(ino)]
         while level:
-            below = []
+            below: list[bytes] = []
             for key in level:
                 cell = self._cells.load(key)
                 if cell.value == _BRANCH:

@@ -1,8 +1,8 @@
 """Open files of one mount: what was written and is not yet in the store, and where a file ends.
 
 There is one OpenFile for each inode, however many handles lead to it. Whole chunks go to the store at once; what is
-less waits in memory, so that many small writes become one. `flush` brings it to the store: the new size first, then the data,
-so that a crash in between leaves zeros at the end and never what lay there before.
+less waits in memory, so that many small writes become one. `flush` brings it to the store: the new size first, then
+the data, so that a crash in between leaves zeros at the end and never what lay there before.
 """
 
 from __future__ import annotations
@@ -351,7 +351,8 @@ class Files:
             self._lower_top(ino, size)
 
     def _clean_tail(self, ino: int) -> None:
-        """Before a file grows: takes away what may lie beyond its end, since who made it shorter was killed meanwhile."""
+        """Before a file grows: takes away what may lie beyond its end, since who made it shorter was killed
+        meanwhile."""
         value = self._cells.read(inode_key(ino))
         if value is not None:
             inode = Inode.unpack(value)

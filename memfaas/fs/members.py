@@ -1,9 +1,10 @@
 """The mounts of one file system, and the files that one of them deleted while another may have them open.
 
-Each member gives a sign of life every BEAT_S: a number that grows, and which of the inodes that were *buried* (no name leads
-to them any more) it has open. A member buries in its own list, in the very transaction that takes the last name, so nothing is
-forgotten when it dies. It frees a buried inode when nobody of its own has it open, and every other member has given two signs since (the
-first may have been under way) and does not hold it. No inode without a name can be opened, so nobody who comes later matters.
+Each member gives a sign of life every BEAT_S: a number that grows, and which of the inodes that were *buried* (no
+name leads to them any more) it has open. A member buries in its own list, in the very transaction that takes the
+last name, so nothing is forgotten when it dies. It frees a buried inode when nobody of its own has it open, and
+every other member has given two signs since (the first may have been under way) and does not hold it. No inode
+without a name can be opened, so nobody who comes later matters.
 
 A member whose sign does not change for DEAD_S is dead, by the clock of whoever watches it; one of the others takes over
 its list. If it was only stopped, it joins again when it goes on: what it may have lost are files that were deleted.
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import msgpack
 
-from memfaas.fs.cells import Cell, Cells, Change
+from memfaas.fs.cells import Cells, Change
 from memfaas.fs.records import MEMBERS, number, number_of
 
 BEAT_S = 2.0
@@ -138,10 +139,7 @@ class Members:
         """To be called every BEAT_S."""
         others = self.others()
         held = {
-            ino
-            for member in others
-            for ino in _numbers(self._cells.read(_grave_key(member)))
-            if self._is_open(ino)
+            ino for member in others for ino in _numbers(self._cells.read(_grave_key(member))) if self._is_open(ino)
         }
         if self._cells.read(_sign_key(self.id)) is None:
             log.warning("this mount gave no sign of life for %g s, and was taken for dead: its locks are lost", DEAD_S)

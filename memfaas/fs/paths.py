@@ -42,7 +42,8 @@ class FileSystem:
     """
 
     def __init__(self, store: KeyValue, *, chunk: int = DEFAULT_CHUNK) -> None:
-        """Opens the file system in a store, or makes one in an empty store, with `chunk` bytes of data under each key."""
+        """Opens the file system in a store, or makes one in an empty store, with `chunk` bytes of data under each
+        key."""
         self._lock = threading.RLock()
         self._owner = os.getpid()
         self._volume = Volume(store, chunk=chunk, cache_s=0.0)

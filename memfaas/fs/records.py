@@ -21,6 +21,7 @@ from __future__ import annotations
 import stat
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import msgpack
 
@@ -113,7 +114,10 @@ class Inode:
 
     @classmethod
     def unpack(cls, data: bytes) -> Inode:
-        return cls(*_INODE.unpack_from(data)[1:], data[_INODE.size :])
+        fields: tuple[Any, ...] = _INODE.unpack_from(data)
+        inode = cls(*fields[1:])
+        inode.target = data[_INODE.size :]
+        return inode
 
     @property
     def is_dir(self) -> bool:

@@ -1,9 +1,10 @@
-"""`memfaas://STORE/path` for fsspec, and so for pandas, xarray, zarr, pyarrow and dask: the same files that the mounts show.
+"""`memfaas://STORE/path` for fsspec, and so for pandas, xarray, zarr, pyarrow and dask: the same files that the
+mounts show.
 
-    import fsspec
+import fsspec
 
-    with fsspec.open("memfaas://scratch/run7/log.txt", "w", size="1GiB") as file:
-        file.write("text")
+with fsspec.open("memfaas://scratch/run7/log.txt", "w", size="1GiB") as file:
+    file.write("text")
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class MemfaasFileSystem(AbstractFileSystem):  # type: ignore[misc]
     ) -> None:
         super().__init__(**storage_options)
         self._size = size
-        self._connection = {
+        self._connection: dict[str, Any] = {
             "address": broker,
             "tenant": tenant,
             "secret_file": secret_file,
@@ -88,7 +89,7 @@ class MemfaasFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def _connected(self) -> memfaas.Session:
         if self._session is None:
-            self._session = memfaas.connect(**self._connection)  # type: ignore[arg-type]
+            self._session = memfaas.connect(**self._connection)
         return self._session
 
     def close(self) -> None:
@@ -131,7 +132,7 @@ class MemfaasFileSystem(AbstractFileSystem):  # type: ignore[misc]
         path = self._strip_protocol(path)
         if not path:
             names = [one.spec.name for one in self._connected().stores()]
-            found = [{"name": name, "size": 0, "type": "directory"} for name in names]
+            found: list[dict[str, Any]] = [{"name": name, "size": 0, "type": "directory"} for name in names]
         else:
             found = [self.info(path)]
             if found[0]["type"] == "directory":

@@ -255,9 +255,7 @@ class Volume:
         if leaf.find(name) is not None:
             raise fail(errno.EEXIST, name)
         ino = self._take_number()
-        inode = new_inode(
-            mode, uid, gid, time.time_ns(), rdev=rdev, parent=parent if is_dir else 0, target=target
-        )
+        inode = new_inode(mode, uid, gid, time.time_ns(), rdev=rdev, parent=parent if is_dir else 0, target=target)
         self.cells.swap(Cell(inode_key(ino), None, b""), inode.pack())
         try:
             if is_dir:
@@ -490,7 +488,9 @@ class Volume:
         value = self.cells.read(xattr_key(ino))
         return {} if value is None else msgpack.unpackb(value)
 
-    def set_xattr(self, ino: int, name: bytes, value: bytes | None, *, create: bool = False, replace: bool = False) -> None:
+    def set_xattr(
+        self, ino: int, name: bytes, value: bytes | None, *, create: bool = False, replace: bool = False
+    ) -> None:
         """None removes it. EEXIST, ENODATA, ENOSPC."""
         while True:
             cell, inode_cell = self.cells.load(xattr_key(ino)), self.cells.load(inode_key(ino))

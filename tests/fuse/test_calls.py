@@ -50,7 +50,9 @@ def test_a_file_is_what_was_written(here: Path) -> None:
     assert [entry.name for entry in os.scandir(here)] == ["f"]
 
 
-@pytest.mark.parametrize("call", [os.stat, os.unlink, os.rmdir, os.readlink, os.listdir, lambda p: os.rename(p, p + "x")])
+@pytest.mark.parametrize(
+    "call", [os.stat, os.unlink, os.rmdir, os.readlink, os.listdir, lambda p: os.rename(p, p + "x")]
+)
 def test_what_is_not_there_is_enoent(here: Path, call: Callable[[str], Any]) -> None:
     fails(errno.ENOENT, call, str(here / "none"))
     fails(errno.ENOENT, call, str(here / "none" / "below"))

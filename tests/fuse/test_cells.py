@@ -29,7 +29,8 @@ class Mortal:
         if self._left == 0:
             raise Killed
         self._left -= 1
-        return getattr(self._store, name)  # type: ignore[no-any-return]
+        found: Callable[..., Any] = getattr(self._store, name)
+        return found
 
 
 def put(cells: Cells, **values: bytes) -> None:
@@ -110,7 +111,7 @@ def test_who_is_late_finds_that_he_was_aborted(store: Store) -> None:
 
             return call
 
-    late = Cells(Slow())  # type: ignore[arg-type]
+    late = Cells(Slow())
     assert not late.commit([Change(late.load(b"a"), b"late"), Change(late.load(b"b"), b"late")])
     assert [cells.read(b"a"), cells.read(b"b")] == [b"other", b"old"]
     assert sorted(store.keys()) == [b"a", b"b"]
@@ -120,16 +121,20 @@ def test_a_full_store_refuses_a_transaction_and_keeps_what_was_there(store: Stor
     cells = Cells(store)
     put(cells, a=b"old", b=b"old")
     changes = [Change(cells.load(b"a"), b"new"), Change(cells.load(b"b"), os.urandom(store.part_size - 100))]
-    fill = 0
-    with pytest.raises(StoreFull):
+    names: list[str] = []
+
+    def fill() -> None:
         while True:
-            store.put(f"fill{fill}", bytes(1 << 20))
-            fill += 1
+            store.put(f"fill{len(names)}", bytes(1 << 20))
+            names.append(f"fill{len(names)}")
+
+    with pytest.raises(StoreFull):
+        fill()
     with pytest.raises(StoreFull):
         cells.commit(changes)
     assert [cells.read(b"a"), cells.read(b"b")] == [b"old", b"old"]
-    for number in range(fill):
-        store.delete(f"fill{number}")
+    for name in names:
+        store.delete(name)
     assert cells.commit([Change(cells.load(b"a"), b"new"), Change(cells.load(b"b"), b"new")])
 
 
@@ -161,5 +166,3 @@ def test_money_is_neither_made_nor_lost(store: Store) -> None:
     cells = Cells(store)
     assert sum(int(cells.read(account) or 0) for account in accounts) == 400
     assert sorted(store.keys()) == accounts
-
-

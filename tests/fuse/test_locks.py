@@ -101,10 +101,12 @@ def test_closing_any_descriptor_gives_up_the_posix_locks_of_the_process(paths: t
 
 
 def test_ranges_are_locked_apart(paths: tuple[Path, Path]) -> None:
-    script = "import fcntl,sys;f=open(sys.argv[1],'r+b');fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB,*map(int,sys.argv[2:]))"
+    script = (
+        "import fcntl,sys;f=open(sys.argv[1],'r+b');fcntl.lockf(f,fcntl.LOCK_EX|fcntl.LOCK_NB,*map(int,sys.argv[2:]))"
+    )
 
     def locks(length: int, start: int) -> bool:
-        command = [sys.executable, "-c", script, paths[1], str(length), str(start)]
+        command = [sys.executable, "-c", script, str(paths[1]), str(length), str(start)]
         return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
 
     with paths[0].open("r+b") as file:

@@ -157,7 +157,7 @@ def test_a_file_on_two_mounts_is_one_sequence_of_bytes(
                 os.truncate(path, offset)
                 model.truncate(offset)
             case "map" if model.data:
-                with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+                with path.open("r+b") as random, mmap.mmap(random.fileno(), 0) as mapped:
                     assert mapped[:] == bytes(model.data)
                     at = offset % len(model.data)
                     piece = model.piece(min(length, len(model.data) - at))

@@ -116,9 +116,9 @@ def test_a_file_that_one_deletes_lives_on_in_the_other(pair: tuple[Mount, Mount]
     with (two / "f").open("rb") as file:
         (one / "f").unlink()
         assert not (two / "f").exists()
-        assert not eventually(lambda: all(key[:1] != b"c" for key in store.keys()), within_s=8)
+        assert not eventually(lambda: all(key[:1] != b"c" for key in store), within_s=8)
         assert file.read() == b"x" * 200_000
-    assert eventually(lambda: all(key[:1] != b"c" for key in store.keys())), "and then its memory is free"
+    assert eventually(lambda: all(key[:1] != b"c" for key in store)), "and then its memory is free"
 
 
 _WORK = """
@@ -197,7 +197,7 @@ while True:
 def test_a_mount_that_is_killed_in_a_burst_leaves_whole_files(mount: Mounter, store: Store, seed: int) -> None:
     """Each file was written, synced and renamed; each that the program knew of must be there, whole."""
     survivor, victim = mount(store.name, "--cache", "0s"), mount(store.name)
-    command = [sys.executable, "-c", _BURST, victim.folder, str(seed)]
+    command = [sys.executable, "-c", _BURST, str(victim.folder), str(seed)]
     count = random.Random(seed).randrange(20, 120)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
         assert program.stdout is not None
