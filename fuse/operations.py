@@ -22,8 +22,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 
-from memfaas.errors import MemfaasError
+from memfaas.errors import CapacityError, MemfaasError
 from memfaas.fs.directory import Entry
 from memfaas.fs.errors import errno_of, fail
 from memfaas.fs.files import OpenFile
@@ -36,6 +37,12 @@ _KNOWN = 1 << 16
 _LISTED_AT_ONCE = 64
 _STATFS_S = 2.0
 _BLOCK = 512
+_MOVING_S = 5.0
+"""How long a call waits for room, while the store has some but not where it is needed."""
+_RETRY_S = 0.05
+_SAY_AGAIN_S = 60.0
+_SPARE = 0.1
+"""Of a store: so much must be free, or it counts as full."""
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +57,16 @@ def _handler(
 
     async def handle(self: Operations, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return function(self, *args, **kwargs)
+            try:
+                return function(self, *args, **kwargs)
+            except CapacityError:
+                return await self._when_there_is_room(lambda: function(self, *args, **kwargs))
         except OSError as error:
             raise pyfuse3.FUSEError(errno_of(error)) from error
         except MemfaasError as error:
             code = errno_of(error)
             if code != errno.ENOSPC:
-                log.error("%s: %s", function.__name__, error)
+                self._say(f"{function.__name__}: {error}")
             raise pyfuse3.FUSEError(code) from error
         except pyfuse3.FUSEError:
             raise
@@ -100,8 +110,32 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         self._known: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
         """What the kernel's copy of a file's data was read from, or written to."""
         self._statfs: tuple[float, int, int] = (0.0, 0, 0)
+        self._said: dict[str, float] = {}
 
     # --- helpers ----------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        """Logs, but the same not again and again: what is lost is met with each call."""
+        now = time.monotonic()
+        if now > self._said.get(text, -_SAY_AGAIN_S) + _SAY_AGAIN_S:
+            if len(self._said) > _KNOWN:
+                self._said.clear()
+            self._said[text] = now
+            log.error("%s", text)
+
+    async def _when_there_is_room(self, call: Callable[[], R]) -> R:
+        """Frees what was deleted, and tries again. A donor that gives memory back makes its shard smaller before it
+        moves: then there is room as soon as it has."""
+        deadline = time.monotonic() + _MOVING_S
+        while True:
+            self._volume.free()
+            try:
+                return call()
+            except CapacityError:
+                size, free = self._capacity()
+                if free < size * _SPARE or time.monotonic() > deadline:
+                    raise
+            await trio.sleep(_RETRY_S)
 
     def _attributes(self, ino: int, inode: Inode) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()

@@ -13,48 +13,71 @@ from memfaas.fs.cells import Cell, Cells, KeyValue
 from memfaas.fs.records import chunk_key
 
 _SPACE = 0
+_PIECE = 128
+"""What a piece of what was written costs beside its bytes, about."""
 
 
 class Dirty:
-    """A chunk of which some was written, and is not yet in the store."""
+    """What was written of a chunk, and is not yet in the store: pieces in order, with gaps in between."""
 
-    __slots__ = ("data", "ranges")
+    __slots__ = ("bytes", "pieces")
 
-    def __init__(self, size: int) -> None:
-        self.data = bytearray(size)
-        self.ranges: list[tuple[int, int]] = []
-        """What was written: in order, with gaps in between."""
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytearray]] = []
+        self.bytes = 0
 
     def write(self, start: int, piece: memoryview | bytes) -> None:
+        if self.pieces:
+            last, data = self.pieces[-1]
+            end = last + len(data)
+            if start == end:  # as most programs write
+                data += piece
+                self.bytes += len(piece)
+                return
+            if start < end:
+                self._write_over(start, piece)
+                return
+        self.pieces.append((start, bytearray(piece)))
+        self.bytes += len(piece)
+
+    def _write_over(self, start: int, piece: memoryview | bytes) -> None:
         end = start + len(piece)
-        self.data[start:end] = piece
-        if self.ranges and self.ranges[-1][1] == start:
-            self.ranges[-1] = (self.ranges[-1][0], end)
-            return
-        merged: list[tuple[int, int]] = []
-        for low, high in self.ranges:
-            if high < start or low > end:
-                merged.append((low, high))
-            else:
-                start, end = min(start, low), max(end, high)
-        merged.append((start, end))
-        self.ranges = sorted(merged)
+        before = [one for one in self.pieces if one[0] + len(one[1]) < start]
+        after = [one for one in self.pieces if one[0] > end]
+        met = self.pieces[len(before) : len(self.pieces) - len(after)]
+        joined = bytearray(piece)
+        if met:
+            first, data = met[0]
+            if first < start:
+                joined[:0] = memoryview(data)[: start - first]
+                start = first
+            last, data = met[-1]
+            if last + len(data) > end:
+                joined += memoryview(data)[end - last :]
+        self.pieces = [*before, (start, joined), *after]
+        self.bytes = sum(len(data) for _, data in self.pieces)
 
     def cut(self, end: int) -> None:
         """What was written from there on is gone."""
-        self.ranges = [(low, min(high, end)) for low, high in self.ranges if low < end]
+        self.pieces = [(start, data[: end - start]) for start, data in self.pieces if start < end]
+        self.bytes = sum(len(data) for _, data in self.pieces)
 
     def lay_over(self, into: memoryview, start: int) -> None:
         """What was written of the part of the chunk that begins at `start`, over what is in `into`."""
         end = start + len(into)
-        for low, high in self.ranges:
-            low, high = max(low, start), min(high, end)
+        for first, data in self.pieces:
+            low, high = max(first, start), min(first + len(data), end)
             if low < high:
-                into[low - start : high - start] = memoryview(self.data)[low:high]
+                into[low - start : high - start] = memoryview(data)[low - first : high - first]
 
     @property
-    def is_whole(self) -> bool:
-        return self.ranges == [(0, len(self.data))]
+    def cost(self) -> int:
+        """Bytes of memory, about."""
+        return self.bytes + _PIECE * len(self.pieces)
+
+    def whole(self, size: int) -> bytearray | None:
+        """The chunk, if all of it was written."""
+        return self.pieces[0][1] if self.bytes == size else None
 
 
 class Data:
@@ -97,18 +120,19 @@ class Data:
 
     def merge(self, ino: int, index: int, dirty: Dirty) -> None:
         """The ranges that were written, into what is there. Others that do so at once lose nothing."""
-        if dirty.is_whole:
-            self.put(ino, index, dirty.data)
+        whole = dirty.whole(self.chunk)
+        if whole is not None:
+            self.put(ino, index, whole)
             return
         key = chunk_key(ino, index)
-        while dirty.ranges:
+        while dirty.pieces:
             found = self._store._load(key, _SPACE)
             cell = Cell(key, None, b"") if found is None else Cell(key, found[0], found[1])
             value = bytearray(cell.value or b"")
-            for low, high in dirty.ranges:
-                if len(value) < high:
-                    value.extend(bytes(high - len(value)))
-                value[low:high] = memoryview(dirty.data)[low:high]
+            for start, data in dirty.pieces:
+                if len(value) < start:
+                    value.extend(bytes(start - len(value)))
+                value[start : start + len(data)] = data
             if self._store._save_if(key, _SPACE, value, self._cells.fresh_tag(), 0, cell.tag):
                 return
 
@@ -138,7 +162,7 @@ class Data:
             if high - low == self.chunk:
                 self.remove(ino, (index,))
             else:
-                zeros = Dirty(self.chunk)
+                zeros = Dirty()
                 zeros.write(low, bytes(high - low))
                 if self._store._load(chunk_key(ino, index), _SPACE) is not None:
                     self.merge(ino, index, zeros)

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from memfaas.errors import LeaseLost, MemfaasError
+from memfaas.errors import CapacityError, LeaseLost, MemfaasError
 from memfaas.fs.cells import Cells
 from memfaas.fs.data import Data, Dirty
 from memfaas.fs.errors import fail
 from memfaas.fs.records import FILE_MAX, Inode, drop_privileges, inode_key
 
 _DIRTY_MAX = 64 << 20
-"""Bytes of chunks that wait, of all files."""
+"""Bytes that wait, of all files."""
 _WAIT_S = 1.0
 """How long a chunk waits for more at most, if somebody calls `flush_old`."""
 
@@ -56,7 +56,8 @@ class Files:
         self._data = data
         self._cache_s = cache_s
         self._files: dict[int, OpenFile] = {}
-        self._dirty_chunks = 0
+        self._waiting = 0
+        """Bytes."""
 
     # --- what is open -----------------------------------------------------------------------------------
 
@@ -94,8 +95,8 @@ class Files:
                 del self._files[file.ino]
 
     def _drop(self, file: OpenFile) -> None:
-        self._dirty_chunks -= len(file.dirty)
-        file.dirty.clear()
+        for index in list(file.dirty):
+            self._forget(file, index)
         file.end, file.mtime = 0, None
 
     def saw(self, ino: int, inode: Inode) -> None:
@@ -156,7 +157,7 @@ class Files:
         for index, low, high in self._data.pieces(offset, offset + length):
             piece = view[at : at + high - low]
             dirty = file.dirty.get(index)
-            if dirty is None or not dirty.is_whole:
+            if dirty is None or dirty.bytes < chunk:
                 self._data.read_chunk(file.ino, index, low, piece)
             if dirty is not None:
                 dirty.lay_over(piece, low)
@@ -190,24 +191,29 @@ class Files:
                 continue
             dirty = file.dirty.get(index)
             if dirty is None:
-                if self._dirty_chunks * chunk >= _DIRTY_MAX:
-                    self._make_room(file)
-                dirty = file.dirty[index] = Dirty(chunk)
-                self._dirty_chunks += 1
+                dirty = file.dirty[index] = Dirty()
+            before = dirty.cost
             dirty.write(low, piece)
-            if dirty.is_whole:
+            self._waiting += dirty.cost - before
+            whole = dirty.whole(chunk)
+            if whole is not None:
                 if not announced:
                     self._announce(file)
                     announced = True
-                del file.dirty[index]
-                self._dirty_chunks -= 1
-                self._put(file, index, dirty.data)
+                self._put(file, index, whole)
+        if self._waiting >= _DIRTY_MAX:
+            self._make_room(file)
         return len(data)
 
     def _put(self, file: OpenFile, index: int, data: memoryview | bytearray) -> None:
-        if file.dirty.pop(index, None) is not None:
-            self._dirty_chunks -= 1
         self._data.put(file.ino, index, data)
+        self._forget(file, index)
+
+    def _forget(self, file: OpenFile, index: int) -> None:
+        """A chunk is in the store, or not wanted any more."""
+        dirty = file.dirty.pop(index, None)
+        if dirty is not None:
+            self._waiting -= dirty.cost
 
     def append(self, file: OpenFile, data: bytes) -> int:
         """At the end of the file, wherever other mounts have brought that by now. Returns where it was written."""
@@ -226,7 +232,10 @@ class Files:
 
         self._change(file, extend)
         self.write(file, start, data)
-        self.flush(file)
+        try:
+            self.flush(file)
+        except CapacityError:
+            pass  # it has its place, and waits: who syncs or closes the file hears of it
         return start
 
     def _change(self, file: OpenFile, change: Callable[[Inode], None]) -> None:
@@ -262,8 +271,7 @@ class Files:
         cuts = file.inode.cuts
         for index, dirty in sorted(file.dirty.items()):
             self._data.merge(file.ino, index, dirty)
-            if file.dirty.pop(index, None) is not None:
-                self._dirty_chunks -= 1
+            self._forget(file, index)
         file.end, file.mtime = 0, None
         value = self._cells.read(inode_key(file.ino))
         if value is None:
@@ -289,7 +297,7 @@ class Files:
     def _make_room(self, file: OpenFile) -> None:
         for one in [file, *self._files.values()]:
             self.flush(one)
-            if self._dirty_chunks * self._data.chunk < _DIRTY_MAX:
+            if self._waiting < _DIRTY_MAX:
                 return
 
     def flush_old(self) -> None:
@@ -321,11 +329,12 @@ class Files:
         file = self._files.get(ino)
         if file is not None:
             for index in [index for index in file.dirty if index * self._data.chunk >= size]:
-                del file.dirty[index]
-                self._dirty_chunks -= 1
+                self._forget(file, index)
             last = file.dirty.get(size // self._data.chunk)
             if last is not None:
+                self._waiting -= last.cost
                 last.cut(size % self._data.chunk)
+                self._waiting += last.cost
             file.end = min(file.end, size)
             self.flush(file)
         self._clean_tail(ino)

@@ -47,6 +47,7 @@ _TAKEN_AT_ONCE = 4096
 """Inode numbers; those that a mount does not use are lost."""
 _XATTRS_MAX = 64 << 10
 _FREE_AT_ONCE = 32
+_FREE_BYTES = 16 << 20
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class Volume:
         self.members = Members(self.cells, self.files.is_open)
         self.locks = Locks(self.cells, self.members)
         self._numbers: Iterator[int] = iter(())
+        self._buried_bytes = 0
+        """Of what was deleted here since memory was freed last."""
         self.members.join()
 
     def _open(self, chunk: int) -> Superblock:
@@ -340,7 +343,9 @@ class Volume:
     def _dropped(self, ino: int, last: bool) -> None:
         if last:
             self.members.buried(ino)
-            if len(self.members.waiting) >= _FREE_AT_ONCE:
+            value = self.cells.read(inode_key(ino))
+            self._buried_bytes += 0 if value is None else Inode.unpack(value).top
+            if len(self.members.waiting) >= _FREE_AT_ONCE or self._buried_bytes >= _FREE_BYTES:
                 self.free()
 
     def rmdir(self, parent: int, name: bytes) -> None:
@@ -463,11 +468,13 @@ class Volume:
 
     # --- the end of inodes --------------------------------------------------------------------------------
 
-    def free(self) -> None:
-        """Frees what was deleted and nobody has open."""
+    def free(self) -> bool:
+        """Frees what was deleted and nobody has open. Whether there was any."""
         inodes = self.members.free_now()
         if inodes:
             self._free(inodes)
+        self._buried_bytes = 0
+        return bool(inodes)
 
     def _free(self, inodes: list[int]) -> None:
         for ino in inodes:

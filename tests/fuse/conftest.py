@@ -62,6 +62,7 @@ class Mount:
 
     folder: Path
     process: subprocess.Popen[bytes]
+    log: Path
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -86,18 +87,21 @@ class Mounter:
     def __call__(self, store: str, *options: str) -> Mount:
         folder = self.base / f"mnt{len(self.mounts)}"
         folder.mkdir()
+        log = folder.with_suffix(".log")
         reader, writer = os.pipe()
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "memfaas.cli", "mount", store, folder),
-                *("--ready-fd", str(writer), "--broker", self.address, *options),
-            ],
-            pass_fds=(writer,),
-        )
+        with log.open("wb") as target:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "memfaas.cli", "mount", store, folder),
+                    *("--ready-fd", str(writer), "--broker", self.address, *options),
+                ],
+                pass_fds=(writer,),
+                stderr=target,
+            )
         os.close(writer)
         with open(reader, "rb") as ready:
-            assert ready.readline() == b"ready\n", "it does not mount"
-        mount = Mount(folder, process)
+            assert ready.readline() == b"ready\n", log.read_text()
+        mount = Mount(folder, process, log)
         self.mounts.append(mount)
         return mount
 
