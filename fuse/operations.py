@@ -33,9 +33,11 @@ from memfaas.fs.volume import Attributes, Volume
 
 PID_XATTR = b"memfaas.pid"
 """Of the root: which process serves the mount."""
+_CAPABILITY = b"security.capability"
 _KNOWN = 1 << 16
 _LISTED_AT_ONCE = 64
 _STATFS_S = 2.0
+_DEEPEST = 100
 _BLOCK = 512
 _MOVING_S = 5.0
 """How long a call waits for room, while the store has some but not where it is needed."""
@@ -111,6 +113,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         """What the kernel's copy of a file's data was read from, or written to."""
         self._statfs: tuple[float, int, int] = (0.0, 0, 0)
         self._said: dict[str, float] = {}
+        self._names: dict[int, tuple[int, bytes]] = {}
+        """By which name the kernel found an inode last: for messages."""
 
     # --- helpers ----------------------------------------------------------------------------------------
 
@@ -153,6 +157,20 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         entry.st_mtime_ns = inode.mtime
         entry.st_ctime_ns = inode.ctime
         return entry
+
+    def _named(self, parent: int, name: bytes, ino: int, inode: Inode) -> pyfuse3.EntryAttributes:
+        if len(self._names) > _KNOWN:
+            self._names.clear()
+        self._names[ino] = parent, name
+        return self._attributes(ino, inode)
+
+    def _path(self, ino: int) -> bytes:
+        """About where a file is: its name may have changed, or be one of several."""
+        parts: list[bytes] = []
+        while (found := self._names.get(ino)) is not None and len(parts) < _DEEPEST:
+            parts.insert(0, found[1])
+            ino = found[0]
+        return b"/".join(parts)
 
     def _new_handle(self, handle: _Handle | _Listing) -> int:
         number = self._next_handle
@@ -211,19 +229,20 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
 
     @_handler
     def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
-        return self._attributes(*self._volume.lookup(parent_inode, name))
+        return self._named(parent_inode, name, *self._volume.lookup(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept for an inode that the kernel knows."""
 
     @_handler
     def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: Any) -> pyfuse3.EntryAttributes:
-        return self._attributes(*self._volume.make(parent_inode, name, mode, ctx.uid, ctx.gid, rdev=rdev))
+        made = self._volume.make(parent_inode, name, mode, ctx.uid, ctx.gid, rdev=rdev)
+        return self._named(parent_inode, name, *made)
 
     @_handler
     def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: Any) -> pyfuse3.EntryAttributes:
         mode = stat.S_IFDIR | stat.S_IMODE(mode)
-        return self._attributes(*self._volume.make(parent_inode, name, mode, ctx.uid, ctx.gid))
+        return self._named(parent_inode, name, *self._volume.make(parent_inode, name, mode, ctx.uid, ctx.gid))
 
     @_handler
     def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
@@ -349,8 +368,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     def open(self, inode: int, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         return self._opened(inode, flags)
 
-    def _opened(self, ino: int, flags: int, name: bytes = b"") -> pyfuse3.FileInfo:
-        file = self._volume.files.open(ino, name)
+    def _opened(self, ino: int, flags: int) -> pyfuse3.FileInfo:
+        file = self._volume.files.open(ino, self._path(ino))
         if flags & os.O_TRUNC and flags & os.O_ACCMODE != os.O_RDONLY:
             try:
                 self._volume.files.truncate(ino, 0, time.time_ns())
@@ -366,14 +385,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         while True:
             try:
                 ino, inode = self._volume.make(parent_inode, name, stat.S_IFREG | stat.S_IMODE(mode), ctx.uid, ctx.gid)
-                file = self._volume.files.opened(ino, inode, name)
-                return self._info(file, flags), self._attributes(ino, inode)
+                entry = self._named(parent_inode, name, ino, inode)
+                return self._info(self._volume.files.opened(ino, inode, self._path(ino)), flags), entry
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
             try:  # another mount has just made it
                 ino, inode = self._volume.lookup(parent_inode, name)
-                info = self._opened(ino, flags, name)
+                info = self._opened(ino, flags)
                 return info, self._attributes(ino, self._volume.inode(ino))
             except FileNotFoundError:
                 pass  # and taken it away
@@ -386,10 +405,17 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     @_handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self._file(fh)
+        if handle.file.inode.has_xattrs:
+            self._drop_capability(handle.file.ino)
         if handle.appends:
             self._volume.files.append(handle.file, buf)
             return len(buf)
         return self._volume.files.write(handle.file, off, buf)
+
+    def _drop_capability(self, ino: int) -> None:
+        """Who writes to a program must not leave it its rights. (The kernel leaves that to us: extra.c.)"""
+        if _CAPABILITY in self._volume.xattrs(ino):
+            self._volume.set_xattr(ino, _CAPABILITY, None)
 
     @_handler
     def flush(self, fh: int) -> None:

@@ -20,6 +20,29 @@ _READY = b"ready\n"
 _UNMOUNT_S = 30.0
 
 
+_FLAGS = {"ro": "--read-only", "allow_other": "--allow-other", "local": "--local"}
+_VALUES = ("size", "cache", "log", *SESSION)
+
+
+def from_fstab(args: list[str]) -> list[str]:
+    """The arguments of `memfaas mount` for those of mount(8): STORE FOLDER -o ro,size=1GiB,broker=node1,..."""
+    places, options = [], []
+    rest = iter(args)
+    for arg in rest:
+        if arg == "-o":
+            options += next(rest, "").split(",")
+        else:
+            places.append(arg)
+    known = []
+    for option in options:
+        name, _, value = option.partition("=")
+        if name in _FLAGS:
+            known.append(_FLAGS[name])
+        elif name in _VALUES:
+            known += [f"--{name.replace('_', '-')}", value]  # all others are the kernel's, or defaults
+    return [*places, *known]
+
+
 @click.command()
 @click.argument("places", metavar="[STORE] FOLDER", nargs=-1)
 @click.option("--size", metavar="SIZE", help="Size of the store, if there is none of that name and it has to be made.")
@@ -58,6 +81,7 @@ def mount(
     Examples:
         memfaas mount scratch /mnt/scratch --size 64GiB
         memfaas mount --local ~/remote
+        mount -t fuse.memfaas scratch /mnt/scratch -o broker=node1,allow_other
         memfaas umount /mnt/scratch
     """
     if len(places) == 1 and local:

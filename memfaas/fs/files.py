@@ -50,6 +50,15 @@ class OpenFile:
         return max(self.inode.size, self.end)
 
 
+class _Tail(Exception):
+    """Whoever made the file shorter was killed before the data beyond its end was gone: that comes first."""
+
+
+def _check_tail(inode: Inode, end: int) -> None:
+    if end > inode.size and inode.top > inode.size:
+        raise _Tail
+
+
 class Files:
     def __init__(self, cells: Cells, data: Data, cache_s: float) -> None:
         self._cells = cells
@@ -224,6 +233,7 @@ class Files:
         def extend(inode: Inode) -> None:
             nonlocal start
             start = inode.size
+            _check_tail(inode, FILE_MAX)
             if start + len(data) > FILE_MAX:
                 raise fail(errno.EFBIG, file.name)
             inode.size = start + len(data)
@@ -247,14 +257,18 @@ class Files:
             self.saw(file.ino, inode)
             return inode.pack()
 
-        self._cells.update(inode_key(file.ino), apply)
+        while True:
+            try:
+                self._cells.update(inode_key(file.ino), apply)
+                return
+            except _Tail:
+                self._clean_tail(file.ino)
 
     def _announce(self, file: OpenFile) -> None:
         """Brings size and times to the store, before data that may lie beyond the size that is there."""
-        if file.end > file.inode.size:
-            self._clean_tail(file.ino)
 
         def apply(inode: Inode) -> None:
+            _check_tail(inode, file.end)
             inode.size = max(inode.size, file.end)
             inode.top = max(inode.top, file.end)
             if file.mtime is not None:
@@ -386,6 +400,7 @@ class Files:
     def punch(self, file: OpenFile, offset: int, length: int) -> None:
         """Makes a hole, which reads as zeros."""
         self.flush(file)
+        self.renewed(file.ino)
         end = min(offset + length, file.inode.top)
         if offset < end:
             self._data.clear(file.ino, offset, end)

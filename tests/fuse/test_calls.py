@@ -302,6 +302,19 @@ def test_extended_attributes_are_kept(here: Path) -> None:
     assert os.listxattr(path) == ["user.b"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file capabilities")
+@pytest.mark.parametrize("mode", ["r+b", "wb", "ab"])
+def test_who_writes_to_a_program_takes_its_rights(here: Path, mode: str) -> None:
+    path = here / "f"
+    path.write_bytes(b"program")
+    path.chmod(0o4755)
+    os.setxattr(path, "security.capability", bytes.fromhex("0100000200200000000000000000000000000000"))
+    with path.open(mode) as file:
+        file.write(b"x")
+    assert "security.capability" not in os.listxattr(path)
+    assert not path.stat().st_mode & stat.S_ISUID
+
+
 def test_many_names_are_listed_once_each(here: Path) -> None:
     names = {f"name-{number}" for number in range(2000)}
     for name in names:

@@ -37,8 +37,9 @@ def mount_here(own_cluster: LocalCluster, tmp_path: Path) -> Iterator[Mounter]:
 def test_what_is_lost_is_eio_and_one_line_in_the_log(own_cluster: LocalCluster, mount_here: Mounter) -> None:
     mounted = mount_here("s", "--size", "64MiB", "--cache", "1h")
     data = os.urandom(64 * CHUNK)
-    (mounted / "f").write_bytes(data)
-    descriptor = os.open(mounted / "f", os.O_RDONLY | os.O_DIRECT)
+    (mounted / "d").mkdir()
+    (mounted / "d" / "f").write_bytes(data)
+    descriptor = os.open(mounted / "d" / "f", os.O_RDONLY | os.O_DIRECT)
     assert os.fstat(descriptor).st_size == len(data)  # the kernel has it, whoever loses the inode
     own_cluster.restart_donor(0)
     lost = []
@@ -51,7 +52,7 @@ def test_what_is_lost_is_eio_and_one_line_in_the_log(own_cluster: LocalCluster, 
             lost.append(offset)
     os.close(descriptor)
     assert 0 < len(lost) < 64, "the chunks are on two donors"
-    said = re.findall(r"file 'f' \(inode \d+\): bytes (\d+) to (\d+) are lost", mounted.log.read_text())
+    said = re.findall(r"file 'd/f' \(inode \d+\): bytes (\d+) to (\d+) are lost", mounted.log.read_text())
     assert [(int(low), int(high)) for low, high in said] == [(at, at + CHUNK) for at in lost]
 
 

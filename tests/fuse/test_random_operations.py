@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from memfaas.client.store import Store
@@ -63,7 +63,8 @@ RELAXED: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@settings(max_examples=150, **RELAXED)
+@settings(max_examples=300, **RELAXED)
+@example([("write", 1, 0, 1), ("punch", 0, 0, 1)])
 @given(operations)
 def test_a_file_is_a_sequence_of_bytes(store: Store, steps: list[tuple[str, int, int, int]]) -> None:
     """On two volumes by turns; what one wrote is flushed before the other one's turn."""
