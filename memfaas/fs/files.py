@@ -162,6 +162,9 @@ class Files:
             return found if len(found) == length else found + bytes(length - len(found))
         whole = bytearray(length)
         view = memoryview(whole)
+        if not file.dirty:
+            self._data.read(file.ino, offset, view)
+            return whole
         at = 0
         for index, low, high in self._data.pieces(offset, offset + length):
             piece = view[at : at + high - low]

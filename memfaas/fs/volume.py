@@ -114,6 +114,7 @@ class Volume:
     def tick(self) -> None:
         """To be called every second or two: writes what waits, gives a sign of life, frees what was deleted."""
         self.files.flush_old()
+        self.data.look_where_it_is()
         self.members.beat()
         self.free()
 

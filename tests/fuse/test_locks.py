@@ -20,7 +20,7 @@ from memfaas.client.store import Store
 from memfaas.fs import members
 from memfaas.fs.locks import FLOCK, POSIX
 from memfaas.fs.volume import Volume
-from tests.fuse.conftest import Mount
+from tests.fuse.conftest import Mount, Mounter
 
 _HOLDER = """
 import fcntl, os, sys
@@ -57,9 +57,11 @@ LOCKS = {"flock": fcntl.flock, "posix": fcntl.lockf}
 
 
 @pytest.fixture(params=["one mount", "two mounts"])
-def paths(pair: tuple[Mount, Mount], request: pytest.FixtureRequest) -> tuple[Path, Path]:
-    (pair[0] / "f").write_bytes(bytes(100))
-    return pair[0] / "f", pair[0 if request.param == "one mount" else 1] / "f"
+def paths(mount: Mounter, store: Store, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """Of one file. Its mounts' kernels keep its times for long."""
+    mounts = [mount(store.name, "--cache", "1h") for _ in range(1 if request.param == "one mount" else 2)]
+    (mounts[0] / "f").write_bytes(bytes(100))
+    return mounts[0] / "f", mounts[-1] / "f"
 
 
 @pytest.mark.parametrize("how", LOCKS)
@@ -70,6 +72,7 @@ def test_a_lock_keeps_others_out_until_it_is_given_up(paths: tuple[Path, Path], 
             lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         with pytest.raises(BlockingIOError):
             lock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert os.pread(file.fileno(), 13, 0) == bytes(13)
         step(process)
         lock(file.fileno(), fcntl.LOCK_EX)  # waits
         assert os.pread(file.fileno(), 13, 0) == b"by the holder", "what was written under the lock is seen"

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,24 @@ def test_names_that_one_makes_the_other_has(pair: tuple[Mount, Mount]) -> None:
     assert sorted(os.listdir(one.folder)) == ["g"]
     with pytest.raises(FileExistsError):
         os.open(two / "g", os.O_CREAT | os.O_EXCL)
+
+
+def test_a_mount_may_be_far_from_the_memory(mount: Mounter, store: Store) -> None:
+    """Over tcp, as on another node."""
+    far, near = mount(store.name, "--fabric", "tcp"), mount(store.name)
+    data = os.urandom(5_000_000)
+    (far / "d").mkdir()
+    (far / "d" / "f").write_bytes(data)
+    assert (near / "d" / "f").read_bytes() == data
+    (near / "d" / "f").rename(near / "g")
+    time.sleep(2.5)  # by then it knows that chunks are better asked for together
+    with (far / "g").open("rb") as file:
+        assert file.read() == data
+        assert os.pread(file.fileno(), 100_000, 1_234_567) == data[1_234_567:1_334_567]
+    for number in range(300):
+        (far / "d" / str(number)).touch()
+    assert len(os.listdir(near / "d")) == 300
+    (far / "g").unlink()
 
 
 def test_appends_of_both_are_all_there(usual: tuple[Mount, Mount]) -> None:

@@ -245,16 +245,29 @@ def test_of_many_mounts_that_make_one_name_one_succeeds(store: Store) -> None:
 
 def test_two_moves_at_once_close_no_loop(volume: Volume, store: Store) -> None:
     """Each alone is fine: a into b/, and b into a/."""
-    a, b = make(volume, b"a", DIR), make(volume, b"b", DIR)
+    x, y = make(volume, b"x", DIR), make(volume, b"y", DIR)
+    a, b = make(volume, b"a", DIR, x), make(volume, b"b", DIR, y)
     other = Volume(store)
-    first, *_ = volume._renaming(ROOT, b"a", b, b"a", 0)
-    other.rename(ROOT, b"b", a, b"b")
+    first, *_ = volume._renaming(x, b"a", b, b"a", 0)
+    other.rename(y, b"b", a, b"b")
     assert not volume.cells.commit(first)
-    fails(errno.EINVAL, volume.rename, ROOT, b"a", b, b"a")
+    fails(errno.EINVAL, volume.rename, x, b"a", b, b"a")
     assert check(store).wrong == []
 
 
 # --- deleted, but open ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_open_here_lives_until_it_is_closed(volume: Volume, store: Store) -> None:
+    file = volume.files.open(make(volume, b"f"))
+    volume.files.write(file, 0, b"kept")
+    volume.files.flush(file)
+    volume.unlink(ROOT, b"f")
+    volume.tick()
+    assert volume.files.read(file, 0, 10) == b"kept"
+    volume.files.close(file)
+    volume.tick()
+    assert not [key for key in store if key[:1] in b"cg"]
 
 
 def test_a_file_that_another_mount_has_open_lives_until_it_is_closed(store: Store) -> None:
@@ -293,6 +306,57 @@ def test_what_a_killed_mount_had_deleted_is_freed_by_another(store: Store, monke
     assert len(two.members.others()) == 0
     one.tick()  # it was only stopped
     assert len(two.members.others()) == 1
+
+
+# --- files that are cut -----------------------------------------------------------------------------------------
+
+
+def test_data_that_comes_late_is_not_behind_the_end_of_a_file_that_was_cut(store: Store) -> None:
+    """One writes a chunk, and before it is there, the other empties the file."""
+    other = Volume(store)
+    ino = make(other, b"f")
+
+    class Slow:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if name == "_save_if" and args[0][:1] == b"c":
+                    other.files.truncate(ino, 0, 0)
+                return getattr(store, name)(*args)
+
+            return call
+
+    volume = Volume(Slow())
+    file = volume.files.open(ino)
+    volume.files.write(file, 0, b"late")
+    volume.files.flush(file)
+    other.files.truncate(ino, 10, 0)
+    assert volume.files.read(volume.files.open(ino), 0, 10) == bytes(10)
+
+
+def test_who_is_killed_while_it_cuts_a_file_leaves_nothing_behind_its_end(store: Store) -> None:
+    for killed_at in itertools.count():
+        store.clear()
+        mortal: Any = Mortal(store, 1_000_000)
+        volume, other = Volume(mortal), Volume(store)
+        ino = make(volume, b"f")
+        file = volume.files.open(ino)
+        volume.files.write(file, 0, b"x" * 150_000)
+        volume.files.flush(file)
+        mortal._left = killed_at
+        try:
+            volume.files.truncate(ino, 10, 0)
+            break
+        except Killed:
+            pass
+        size = other.inode(ino).size
+        assert size in (10, 150_000)
+        grown = other.files.open(ino)
+        if killed_at % 2:
+            other.files.truncate(ino, 200_000, 0)
+        else:
+            other.files.write(grown, 199_999, b"\0")
+            other.files.flush(grown)
+        assert other.files.read(grown, 0, 200_000) == b"x" * size + bytes(200_000 - size)
 
 
 # --- attributes -------------------------------------------------------------------------------------------------
