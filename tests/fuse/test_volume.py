@@ -249,7 +249,8 @@ def test_two_moves_at_once_close_no_loop(volume: Volume, store: Store) -> None:
     a, b = make(volume, b"a", DIR, x), make(volume, b"b", DIR, y)
     other = Volume(store)
     first, *_ = volume._renaming(x, b"a", b, b"a", 0)
-    other.rename(y, b"b", a, b"b")
+    second, *_ = other._renaming(y, b"b", a, b"b", 0)
+    assert other.cells.commit(second)
     assert not volume.cells.commit(first)
     fails(errno.EINVAL, volume.rename, x, b"a", b, b"a")
     assert check(store).wrong == []
