@@ -14,13 +14,13 @@ BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h fuse/*.pyx fuse/*.c fuse/*.h)
 
 BUILD_PACKAGES := fuse3 gcc libc6-dev libfuse3-dev libibverbs-dev libxxhash-dev pkg-config python3-dev python3-venv
-TEST_PACKAGES := iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
-VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod qemu-system-x86
+TEST_PACKAGES := fio git iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
+VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod perftest qemu-system-x86
 
-.PHONY: help install dev build demo test test-fast lint format bench peers vm clean
+.PHONY: help install dev build demo test test-fast lint format bench bench-verbs peers vm clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.built ## A working .venv with .venv/bin/memfaas
 
@@ -36,7 +36,7 @@ test: dev vm lint ## Everything that must pass: lint, then all tests, fast ones 
 
 vm: ## What the tests need that run in a virtual machine, with a kernel of their own
 	@.ci/apt-install $(VM_PACKAGES)
-	.ci/vm-kernel
+	.ci/vm-files
 
 test-fast: dev ## The fast tests alone
 	@$(BIN)/pytest -m 'not slow'
@@ -52,6 +52,10 @@ format: dev ## Bring the code into the house format
 
 bench: install peers ## Measure memfaas and its peers in one run
 	@$(BIN)/memfaas bench compare
+
+bench-verbs: dev vm ## Measure verbs; without an RDMA device, in a virtual machine too (ARGS="--rounds 5")
+	@$(BIN)/memfaas bench verbs $(ARGS)
+	$(BIN)/python -m tests.vm.bench $(ARGS)
 
 # A peer that cannot be had here is no failure: the benchmark names it as skipped.
 peers: .venv/.installed

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from memfaas.bench import bars, idle, kv, lease, pressure, report, result, verbs, verbs_report
+from memfaas.bench import bars, idle, kv, lease, pressure, report, result
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
 from memfaas.bench.reclaim import report as reclaim_report
@@ -26,6 +26,9 @@ from memfaas.bench.run import LEAST_ROUNDS
 from memfaas.bench.trace import jobs, machine, policies
 from memfaas.bench.trace import report as trace_report
 from memfaas.bench.trace.outcome import Outcome
+from memfaas.bench.verbs import report as verbs_report
+from memfaas.bench.verbs.run import ROUNDS as VERBS_ROUNDS
+from memfaas.bench.verbs.run import measure_verbs
 from memfaas.config import ClientSettings, load_settings
 from memfaas.errors import UsageError
 from memfaas.units import format_size, parse_duration, parse_size
@@ -205,7 +208,7 @@ def reclaim_command(sizes: tuple[int, ...], rounds: int, output: Path, strict: b
 
 
 @bench.command("verbs")
-@click.option("--rounds", type=click.IntRange(min=1), default=verbs.ROUNDS, show_default=True, help="How often.")
+@click.option("--rounds", type=click.IntRange(min=1), default=VERBS_ROUNDS, show_default=True, help="How often.")
 @_output_option
 @_strict_option
 @click.option("--device", help="RDMA device: NAME[:PORT[:GID]]; else $MEMFAAS_DEVICE, or the first that works.")
@@ -214,16 +217,16 @@ def verbs_command(rounds: int, output: Path, strict: bool, device: str | None) -
 
     READ and WRITE beside a bare loop in C that posts and polls, pyverbs, and perftest; get and put
     of 4 KiB beside the fewest operations of the device that they need. Both ends are on this node.
-    What is not installed is named as skipped.
+    Then the same over a verbs library that has no device: what is left is the time of the software.
+    What is not installed is named as skipped, and without an RDMA device all that needs one.
     """
     output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
-        found = verbs.measure_verbs(load_settings(ClientSettings, {"device": device}).device, rounds, progress)
-    console = Console()
-    console.print(verbs_report.show(found))
+        found = measure_verbs(load_settings(ClientSettings, {"device": device}).device, rounds, progress)
+    _console().print(verbs_report.show(found))
     table = output / f"bench-verbs-{datetime.now():%Y%m%d-%H%M%S}.json"
     verbs_report.write(found, table)
-    console.print(f"figures: {table}")
+    click.echo(f"figures: {table}")
     if strict and bars.missed(found.verdicts):
         sys.exit(1)
 

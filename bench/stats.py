@@ -27,6 +27,12 @@ def paired_ratio(above: Sequence[float | None], below: Sequence[float | None]) -
     return median(ratios) if ratios else None
 
 
+def paired_difference(more: Sequence[float | None], less: Sequence[float | None]) -> float | None:
+    """The median over rounds of `more - less`; None without a round that has both."""
+    differences = [a - b for a, b in zip(more, less, strict=True) if a is not None and b is not None]
+    return median(differences) if differences else None
+
+
 def fairness(counts: Sequence[float]) -> float:
     """The worst client's share of the mean: 1 when all got the same, 0 when one got nothing."""
     mean = sum(counts) / len(counts)

@@ -79,12 +79,15 @@ async def open_session(
     address: str | Address | None = None,
     *,
     fabric: Choice | None = None,
+    device: str | None = None,
     tenant: str | None = None,
     secret_file: str | Path | None = None,
     timeout: str | float | None = None,  # noqa: ASYNC109  # of each operation, later
 ) -> AsyncIterator[AsyncSession]:
     """`memfaas.connect` for trio: `async with memfaas.open_session(address) as session:`."""
-    session = await _in_thread(connect, address, fabric=fabric, tenant=tenant, secret_file=secret_file, timeout=timeout)
+    session = await _in_thread(
+        connect, address, fabric=fabric, device=device, tenant=tenant, secret_file=secret_file, timeout=timeout
+    )
     try:
         yield AsyncSession(session)
     finally:

@@ -17,7 +17,7 @@ class ShardDetails:
     device: str | None
     """Over verbs: the RDMA device, port and address of this node that is used, as NAME:PORT:GID."""
     fallback: str | None
-    """Why it is not reached over shm, although it is on this node."""
+    """Why it is reached over tcp, although something faster should do: shm on this node, or verbs."""
     trouble: str | None
     """Why it is out of reach."""
     epoch: int

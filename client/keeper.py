@@ -83,7 +83,7 @@ def now_or_later(work: Callable[[], None]) -> None:
         _calling.postponed.append(work)
 
 
-class Broker(Protocol):
+class Owner(Protocol):
     """What a keeper needs of its session."""
 
     fabric: fabric.Choice
@@ -111,14 +111,14 @@ class Keeper:
         self,
         what: str,
         place: Place,
-        broker: Broker,
+        owner: Owner,
         current: Callable[[], Link | None],
         install: Callable[[Link | None], None],
         *,
         lost: type[LeaseLost] = LeaseLost,
         cache: bool = False,
     ) -> None:
-        fabric.check_reach(place, broker.fabric)
+        fabric.check_reach(place, owner.fabric)
         self.place = place
         """The newest that is known; its epoch never falls."""
         self.fallback: str | None = None
@@ -132,7 +132,7 @@ class Keeper:
         self.unwanted = False
         """This program has asked for its end."""
         self._what = what
-        self._broker = broker
+        self._owner = owner
         self._current = current
         self._install = install
         self._lost = lost
@@ -215,7 +215,7 @@ class Keeper:
         entered = time.monotonic()
         operation = self._operation
         if attempt <= 1:
-            operation.deadline = entered + self._broker.timeout
+            operation.deadline = entered + self._owner.timeout
             operation.waits = 0
             operation.seen = None
         deadline: float = operation.deadline
@@ -260,13 +260,13 @@ class Keeper:
         return 0 < self._linked < self.place.epoch
 
     def _check(self, deadline: float) -> None:
-        self._broker.ensure_open()
+        self._owner.ensure_open()
         if time.monotonic() >= deadline:
             raise self._too_late()
 
     def _too_late(self) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"{self._what} on donor {self.place.donor} could not be reached within {self._broker.timeout:g} s"
+            f"{self._what} on donor {self.place.donor} could not be reached within {self._owner.timeout:g} s"
         )
 
     def _add_connection(self, link: TcpLink | VerbsLink, attempt: int, deadline: float) -> None:
@@ -309,10 +309,10 @@ class Keeper:
                     raise trouble or TransportError(f"{self._what} has left donor {place.donor}; where to is not known")
                 opened = fabric.open_link(
                     place,
-                    self._broker.fabric,
+                    self._owner.fabric,
                     deadline,
-                    self._broker.timeout,
-                    device=self._broker.device,
+                    self._owner.timeout,
+                    device=self._owner.device,
                     served=in_doubt,
                 )
                 break
@@ -324,7 +324,7 @@ class Keeper:
                 # LeaseLost is a function's word; whether the lease moved, the broker knows.
                 trouble = trouble or error
             log.info("%s: %s; trying again", self._what, trouble)
-            self._broker.ensure_open()
+            self._owner.ensure_open()
             if telling is None or not isinstance(trouble, DeadlineExceeded):
                 telling = trouble  # that the time is over says less than what took it
             if not self._pause(round_, deadline):
@@ -353,14 +353,14 @@ class Keeper:
         """
         left = deadline - time.monotonic()
         try:
-            place = self._broker.locate(self.place.lease, max(0.0, min(left, _ASK_BROKER_S)))
+            place = self._owner.locate(self.place.lease, max(0.0, min(left, _ASK_BROKER_S)))
         except LeaseLost as error:
             raise self._lost(f"{self._what} is lost: {self.gone or error}") from error
         except TransportError as error:  # the broker is away, or does not know yet where the lease is
             if self.gone is not None:
                 raise self._lost(f"{self._what} is lost: {self.gone}") from error
             return error
-        fabric.check_reach(place, self._broker.fabric)
+        fabric.check_reach(place, self._owner.fabric)
         if not self._adopt(place):
             return TransportError(f"{self._what}: the broker does not know yet that it is on donor {self.place.donor}")
         return None
@@ -383,7 +383,7 @@ class Keeper:
         self._mended_at = time.monotonic()
         self._mended += 1
         log.info("%s counts as empty: %s", self._what, reason)
-        self._broker.later(_VACANT_S * random.uniform(0.5, 1.0), self._look_again)
+        self._owner.later(_VACANT_S * random.uniform(0.5, 1.0), self._look_again)
 
     def _look_again(self) -> None:
         """Has the next operation ask whether there is memory again."""

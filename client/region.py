@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 from memfaas._native import RegionCore
 from memfaas.client.keeper import Keeper
 from memfaas.errors import ClosedError
+from memfaas.messages import short
 
 if TYPE_CHECKING:
     from memfaas import messages
@@ -33,7 +34,7 @@ class Region(RegionCore):
         self._session = session
         self._released = False
         self.keeper = Keeper(
-            f"lease {place.lease.hex()[:8]}", place, session, current=self._get_link, install=self._set_link
+            f"lease {short(place.lease)}", place, session, current=self._get_link, install=self._set_link
         )
 
     @property
@@ -64,7 +65,7 @@ class Region(RegionCore):
 
     def _repair(self, shard: int, reason: int, attempt: int) -> None:
         if self._released:
-            raise ClosedError(f"lease {self.lease.hex()[:8]} was released")
+            raise ClosedError(f"lease {short(self.lease)} was released")
         self.keeper.mend(reason, attempt)
 
     def __enter__(self) -> Region:
@@ -77,7 +78,7 @@ class Region(RegionCore):
 
     def __repr__(self) -> str:
         state = "released" if self._released else f"{self.size} bytes on donor {self.donor}"
-        return f"<Region {self.lease.hex()[:8]}: {state}>"
+        return f"<Region {short(self.lease)}: {state}>"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a region cannot be pickled: its lease belongs to this session")

@@ -39,6 +39,7 @@ def connect(
     address: str | Address | None = None,
     *,
     fabric: Choice | None = None,
+    device: str | None = None,
     tenant: str | None = None,
     secret_file: str | Path | None = None,
     timeout: str | float | None = None,
@@ -47,8 +48,10 @@ def connect(
 
     address: `HOST:PORT` or `memfaas://HOST:PORT?secret=/path`; by default that of MEMFAAS_BROKER or
         the settings file, else 127.0.0.1:7411.
-    fabric: `shm` or `tcp` pins how bytes move, and then it is an error where that cannot work;
+    fabric: `shm`, `verbs` or `tcp` pins how bytes move, and then it is an error where that cannot work;
         `auto` (the default) takes the best that works.
+    device: the RDMA device of this node that verbs uses, as NAME[:PORT[:GID]]; by default that of
+        MEMFAAS_DEVICE or the settings file, else the first that works.
     tenant: whose stores and leases to use; by default the login name, or whom the key file is for.
     secret_file: the cluster's secret or a tenant's key file, mode 0600.
     timeout: seconds (or "500ms") that one operation may take; 10 by default.
@@ -58,6 +61,7 @@ def connect(
     given = {
         "broker": address,
         "fabric": fabric,
+        "device": device,
         "tenant": tenant,
         "secret_file": secret_file,
         "timeout": timeout,
@@ -152,8 +156,8 @@ class Session:
         All but the name matter only to a store that is created; one that exists stays as it is.
         Opening a store that this session has open returns the same object.
 
-        Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when shm is pinned and the
-        store is on other nodes; BrokerUnavailable, DeadlineExceeded.
+        Raises UnknownStore, CapacityError, UsageError; FabricUnavailable when a fabric is pinned that
+        does not reach the store; BrokerUnavailable, DeadlineExceeded.
         """
         _check_choice("compression", compression, messages.Compression)
         _check_choice("on_reclaim", on_reclaim, messages.OnReclaim)
@@ -185,8 +189,8 @@ class Session:
     def lease(self, size: str | int) -> Region:
         """Leases raw memory on one donor, all zero: bytes, or like "64MiB".
 
-        Raises CapacityError, UsageError; FabricUnavailable when shm is pinned and the donor is
-        another node; BrokerUnavailable, DeadlineExceeded.
+        Raises CapacityError, UsageError; FabricUnavailable when a fabric is pinned that does
+        not reach the donor; BrokerUnavailable, DeadlineExceeded.
         """
         owner = b""
 

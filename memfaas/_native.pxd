@@ -99,8 +99,7 @@ cdef extern from "wire.h" nogil:
         pass
     struct mf_queue:
         pass
-    struct mf_remote:
-        pass
+    struct mf_remote
     struct mf_link:
         int fabric
         bint closed
@@ -116,6 +115,7 @@ cdef extern from "wire.h" nogil:
         uint8_t space, flags
         bint conditional
         uint64_t expected
+        bint constant
         const void *key
         const void *meta
         const void *value
@@ -167,7 +167,13 @@ cdef extern from "wire.h" nogil:
 
 cdef extern from "verbs.h" nogil:
     enum:
-        MF_WHY
+        MF_WHY, MF_LEND, MF_LANDING
+    struct mf_device:
+        char name[80]
+    struct mf_remote:
+        mf_device *device
+        uint64_t refused
+        int refusal
     struct mf_address:
         pass
     struct mf_welcome:
@@ -177,6 +183,8 @@ cdef extern from "verbs.h" nogil:
     void mf_verbs_close(mf_server *server, const char *why)
     void mf_verbs_reopen(mf_server *server)
     int mf_verbs_connections(mf_server *server)
+    bint mf_verbs_ahead_begin(mf_server *server)
+    int mf_verbs_ahead(mf_server *server, char *why)
     mf_remote *mf_remote_new(const char *device, char *why)
     void mf_remote_free(mf_remote *remote)
     mf_queue *mf_queue_new(mf_remote *remote, mf_address *address, char *why)

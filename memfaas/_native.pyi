@@ -154,6 +154,14 @@ class Server:
         """Ends all verbs connections. No client can reach the memory by a network device when this returns, and those
         that come are told why."""
     def open_verbs(self) -> None: ...
+    def begin_registering(self) -> bool:
+        """Whether the caller is to have the memory registered ahead: by `register_more`, until that is False."""
+    def register_more(self) -> bool:
+        """Registers a chunk that no client has asked for yet; False: there is none, or no client, or verbs is closed.
+
+        Whoever waits for a registration, or closes, comes first. Blocks. Raises FabricUnavailable, with the limit that
+        was met; then the rest is registered as clients ask for it.
+        """
     def cut(self) -> None:
         """Ends the connections of peers that may keep an operation from ending: one that reads, or sends what it
         writes to a region, slowly. What they asked for can be asked for again."""
@@ -204,6 +212,8 @@ class VerbsLink(Link):
         Raises FabricUnavailable, also when the memory was registered anew since the link was opened; ProtocolError.
         The descriptor is the caller's then.
         """
+    copied: int
+    """How often large memory of the program's own was not taken by the device, and its bytes were copied therefore."""
 
 @final
 class QueuePair:

@@ -5,6 +5,7 @@ The fast path of an operation on mapped memory runs with the GIL held and never 
 than letting the GIL go. Whatever copies much or may wait runs without the GIL.
 """
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_ND,
@@ -18,6 +19,7 @@ from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.errno cimport EINVAL, EMFILE, ENOMEM, EPERM, ETIMEDOUT
 from libc.string cimport memcpy
 
+import logging
 import os
 
 from memfaas.errors import (
@@ -32,6 +34,7 @@ from memfaas.errors import (
     ValueTooLarge,
 )
 
+log = logging.getLogger(__name__)
 
 MAX_KEY = MF_MAX_KEY
 MAX_META = MF_MAX_META
@@ -287,6 +290,8 @@ cdef class Memory:
             mf_unmap(&self.memory)
 
 
+# What is collected with others must still have its memory, its server or its link when it ends.
+@cython.no_gc_clear
 cdef class Server:
     cdef Memory memory
     cdef mf_server *server
@@ -335,6 +340,18 @@ cdef class Server:
     def open_verbs(self):
         mf_verbs_reopen(self.server)
 
+    def begin_registering(self):
+        return mf_verbs_ahead_begin(self.server)
+
+    def register_more(self):
+        cdef char why[MF_WHY]
+        cdef int status
+        with nogil:
+            status = mf_verbs_ahead(self.server, why)
+        if status == MF_BROKEN:
+            raise FabricUnavailable(f"verbs: {text_of(why)}")
+        return status == MF_OK
+
     def cut(self):
         mf_server_cut(self.server)
 
@@ -351,6 +368,7 @@ cdef class Server:
             mf_server_free(self.server)
 
 
+@cython.no_gc_clear
 cdef class ServerEnd:
     cdef mf_end *end
     cdef Server server
@@ -393,6 +411,10 @@ cdef class Link:
         if status != MF_OK:
             raise LinkDown(status)
         return stats
+
+    cdef int note_copies(self) except -1:
+        """After something large: a device that does not take the caller's memory is no secret."""
+        return 0
 
     def __dealloc__(self):
         if self.link.pool is not NULL:
@@ -441,6 +463,7 @@ cdef int64_t TEST_NS = 3000000000  # a connection that loses so much is worse th
 
 cdef class VerbsLink(Link):
     fabric = "verbs"
+    cdef bint told
 
     def __init__(self, bytes device, double timeout_s):
         cdef char why[MF_WHY]
@@ -489,7 +512,24 @@ cdef class VerbsLink(Link):
             raise MemoryError
         pair.queue = NULL
 
+    @property
+    def copied(self):
+        return self.link.remote.refused
 
+    cdef int note_copies(self) except -1:
+        if self.told or not self.link.remote.refused:
+            return 0
+        self.told = True
+        log.warning(
+            "verbs: device %s does not take the program's own memory (%s%s), so large values are copied on their way",
+            self.link.remote.device.name.decode("utf-8", "replace"),
+            os.strerror(self.link.remote.refusal),
+            "; is `ulimit -l` too low?" if self.link.remote.refusal == ENOMEM else "",
+        )
+        return 0
+
+
+@cython.no_gc_clear
 cdef class QueuePair:
     cdef mf_queue *queue
     cdef VerbsLink link
@@ -642,6 +682,8 @@ cdef class StoreCore:
                             with nogil:
                                 status = mf_link_take(&link.link, &got, into, found.meta)
                         if status == MF_OK:
+                            if got.value_len >= MF_LEND:
+                                link.note_copies()
                             return value
                 finally:
                     mf_link_leave(&link.link, &got)
@@ -697,6 +739,8 @@ cdef class StoreCore:
                             status = mf_link_take(&link.link, &got, view.buf, found.meta)
                 mf_link_leave(&link.link, &got)
             if status == MF_OK:
+                if length >= <Py_ssize_t>MF_LEND:
+                    link.note_copies()
                 return length
             if status == MF_ABSENT:
                 return -1
@@ -777,6 +821,8 @@ cdef class StoreCore:
                         else:
                             status = mf_link_put(&link.link, True, put)
             if status == MF_OK or status == MF_ABSENT or status == MF_DIFFERS:
+                if put.value_len >= MF_LEND:
+                    link.note_copies()
                 return status == MF_OK
             self.mend(shard, status, &attempts, key)
 
@@ -793,6 +839,7 @@ cdef class StoreCore:
         try:
             if view.len <= <Py_ssize_t>self.part_size:
                 putting(&put, k, n, 0, &view)
+                put.constant = type(value) is bytes
                 self.change(key, &put, False)
                 if put.replaced.length:
                     self._forget(manifest_of(&put.replaced))
@@ -811,6 +858,7 @@ cdef class StoreCore:
         PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
         try:
             putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, &view)
+            put.constant = type(value) is bytes or (type(value) is memoryview and type(value.obj) is bytes)
             put.meta = PyBytes_AS_STRING(meta)
             put.meta_len = PyBytes_GET_SIZE(meta)
             put.flags = flags
@@ -1015,7 +1063,7 @@ cdef class StoreCore:
         cdef mf_stream *stream
         cdef Link link
         cdef const char *k
-        cdef Py_ssize_t n, first = 0, start, end, window
+        cdef Py_ssize_t n, first = 0, start, end, window, most
         cdef int status
         cdef list manifests = []
         while first < len(pairs):
@@ -1024,13 +1072,14 @@ cdef class StoreCore:
             start = end = first
             if stream is not NULL:
                 window = 0
+                most = MF_LANDING if link.link.fabric == MF_VERBS else MF_WINDOW
                 status = MF_OK
                 try:
                     while status == MF_OK and end < len(pairs) and end - start < MF_WINDOW_COUNT:
                         key, value = pairs[end]
                         key_bytes(key, &k, &n)
                         window += sizeof(request) + n + PyBytes_GET_SIZE(value)
-                        if window > MF_WINDOW and end > start:
+                        if window > most and end > start:
                             break
                         clear(&request, MF_PUT, n)
                         request.value_len = PyBytes_GET_SIZE(value)
@@ -1093,6 +1142,7 @@ cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_bu
     put.flags = 0
     put.conditional = False
     put.expected = 0
+    put.constant = False
     put.key = k
     put.key_len = n
     put.meta = NULL
@@ -1203,6 +1253,8 @@ cdef class RegionCore:
                 with nogil:
                     status = mf_link_region(&link.link, verb, offset, data, length, b, c, before)
             if status == MF_OK:
+                if length >= MF_LEND:
+                    link.note_copies()
                 return 0
             if status == MF_TIMEOUT:
                 raise DeadlineExceeded(f"offset {offset}: the memory function did not answer in time")

@@ -32,6 +32,7 @@ import msgspec
 
 from memfaas import messages
 from memfaas.errors import AccessError, ProtocolError, TicketExpired, UsageError, from_code
+from memfaas.messages import short
 
 DEFAULT_SECRET_FILE = Path("~/.config/memfaas/secret")
 OPERATOR = "operator"
@@ -188,11 +189,11 @@ def check_ticket(data: bytes, *, lease: bytes, epoch: int, tenant: str, donor: s
     """
     ticket = Ticket.decode(data)
     if (ticket.lease, ticket.tenant, ticket.donor) != (lease, tenant, donor):
-        raise AccessError(f"this ticket is not for lease {lease.hex()[:8]} on donor {donor}")
+        raise AccessError(f"this ticket is not for lease {short(lease)} on donor {donor}")
     if ticket.epoch != epoch:
-        raise AccessError(f"this ticket is for epoch {ticket.epoch} of lease {lease.hex()[:8]}, which is at {epoch}")
+        raise AccessError(f"this ticket is for epoch {ticket.epoch} of lease {short(lease)}, which is at {epoch}")
     if ticket.expires + CLOCK_SKEW_S < (time.time() if now is None else now):
-        raise TicketExpired(f"the ticket for lease {lease.hex()[:8]} has expired; ask the broker for a new one")
+        raise TicketExpired(f"the ticket for lease {short(lease)} has expired; ask the broker for a new one")
     return ticket
 
 

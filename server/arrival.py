@@ -12,7 +12,7 @@ import trio
 
 from memfaas import _native, rpc
 from memfaas.errors import LeaseLost, MemfaasError, TransportError
-from memfaas.messages import Done, Refused, Welcome
+from memfaas.messages import Done, Refused, Welcome, short
 from memfaas.server import process
 from memfaas.server.doorman import Doorman
 from memfaas.units import format_size
@@ -37,7 +37,7 @@ class Arrival:
         self._data = data
         self._spill = spill
         self._doorman = doorman
-        self._name = doorman.spec.lease.hex()[:8]
+        self._name = short(doorman.spec.lease)
         self._sender: trio.Event = trio.Event()
         self._sock: socket.socket | None = None
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 import trio
 
-from memfaas import _native, rpc
-from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, ProtocolError, TransportError
+from memfaas import _native
+from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, TransportError
 from memfaas.messages import (
-    Done,
     Endpoint,
     FunctionReport,
     HeldLease,
@@ -24,66 +20,29 @@ from memfaas.messages import (
     LeaseGone,
     LeaseSpec,
     Message,
-    Punch,
-    Punched,
     Received,
-    Resume,
-    Send,
     Sent,
     Serve,
-    Stop,
     Target,
-    Unpunch,
+    short,
 )
 from memfaas.server import memory
+from memfaas.server.descriptors import Descriptors
 from memfaas.server.function import control_path
+from memfaas.server.function_peer import PUNCH_S, FunctionPeer
 from memfaas.server.placement import lease_bytes
-from memfaas.server.pool import FunctionProcess, Pool
+from memfaas.server.pool import Pool
 from memfaas.server.victims import HoldingState, Moved, describe, may_drop
 from memfaas.units import MIB, format_size
 
-_SERVE_S = 30.0
-"""Mending what a killed function left may wait for operations of its clients."""
-_STOP_S = 45.0
-_PUNCH_S = 10.0
-_ANSWER_S = 1.0
 _LEEWAY = 2 * MIB
 """Bytes: the kernel may count a page of this size where only a part of it is the lease's."""
 _DEATHS_WINDOW_S = 30.0
 _RESTART_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 5.0
 """Between functions that die one after the other: by what is wrong with the node, perhaps; the memory is whole."""
-_LOOK_PAUSE_S = 0.1
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
-
-
-class FunctionLink:
-    """The agent's connection to one function; `run` must be running."""
-
-    def __init__(self, process: FunctionProcess) -> None:
-        self.process = process
-        self.channel = rpc.Channel(process.stream, self, f"function {process.pid}")
-        self.ended = trio.Event()
-        self.notices: list[Message] = []
-        self.on_notice_of: Callable[[Message], None] = self.notices.append
-
-    async def run(self) -> None:
-        try:
-            await self.channel.run()
-        except ProtocolError as error:
-            logger.error("%s", error)
-        finally:
-            self.ended.set()
-
-    async def on_request(self, message: Message) -> Message:
-        raise ProtocolError(f"a function does not ask {type(message).__name__}")
-
-    def on_notice(self, message: Message) -> None:
-        if not isinstance(message, FunctionReport | Received | InDoubt):
-            raise ProtocolError(f"a function does not say {type(message).__name__}")
-        self.on_notice_of(message)
 
 
 class Custody:
@@ -104,7 +63,7 @@ class Custody:
         donor: str,
         ticket_key: bytes,
         spill: bool,
-        incoming: float | None = None,
+        arrives_within: float | None = None,
         on_change: Callable[[], None],
         on_arrived: Callable[[Custody], None],
         on_doubt: Callable[[Custody, Target], None],
@@ -113,9 +72,9 @@ class Custody:
         mover: Callable[[Custody, float], Awaitable[Moved]],
     ) -> None:
         self.endpoint = endpoint
-        self.name = spec.lease.hex()[:8]
+        self.name = short(spec.lease)
         self.links: dict[str, int] = {}
-        self.state: HoldingState = "serving" if incoming is None else "arriving"
+        self.state: HoldingState = "serving" if arrives_within is None else "arriving"
         self.punched = 0
         """Bytes of it that are not for it to use now. Clients can write what its memory says of this, so it counts
         only as far as the kernel bears it out."""
@@ -123,19 +82,19 @@ class Custody:
         """Whether its function may have punched more than it said, or less."""
         self._spec = spec
         self._size = lease_bytes(spec.kind, spec.size)
-        self._descriptors = descriptors
+        self._descriptors = Descriptors(descriptors, self.name)
         self._donor = donor
         self._ticket_key = ticket_key
         self._spill = spill
-        self._incoming = incoming
+        self._arrives_within = arrives_within
         self._on_change = on_change
         self._on_arrived = on_arrived
         self._on_doubt = on_doubt
         self._on_evicted = on_evicted
         self._on_lost = on_lost
         self._mover = mover
-        self._link: FunctionLink | None = None
-        self._linked = trio.Event()
+        self._function: FunctionPeer | None = None
+        self._found_function = trio.Event()
         self._lock = trio.Lock()
         self._pages = trio.Lock()
         self._free = trio.Event()
@@ -155,7 +114,7 @@ class Custody:
     @property
     def populated(self) -> int:
         """Bytes of it that are backed by pages."""
-        return sum(memory.populated(descriptor) for descriptor in self._descriptors[:2])
+        return self._descriptors.populated
 
     @property
     def held(self) -> HeldLease:
@@ -173,7 +132,7 @@ class Custody:
 
     def _count_operations(self) -> int:
         try:
-            with self._mapped() as mapped:
+            with self._descriptors.mapped() as mapped:
                 return 0 if mapped is None else mapped.operations()
         except TransportError as error:
             logger.debug("%s", error)
@@ -185,61 +144,58 @@ class Custody:
         self,
         nursery: trio.Nursery,
         pool: Pool,
-        link: FunctionLink | None = None,
+        function: FunctionPeer | None = None,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Has the lease served until `end`: a function that dies is replaced, on the same memory.
 
-        `link` is to a function that serves it already. Raises MemfaasError when not even the first
-        function could serve it.
+        `function` serves it already. Raises MemfaasError when there is none and the first could not serve it.
         """
-        if link is None:
-            link = await self._start(nursery, pool, fresh=True)
+        if function is None:
+            function = await self._start(nursery, pool, fresh=True)
         else:
             await self._count_punched()
         task_status.started()
         try:
-            while link is not None:
-                await self._watch(link)
-                link = await self._replace(nursery, pool)
+            while function is not None:
+                await self._watch(function)
+                function = await self._replace(nursery, pool)
         except MemfaasError as error:
             logger.error("lease %s: given up: %s", self.name, error)
             self._on_lost(self, str(error))
 
-    async def _start(self, nursery: trio.Nursery, pool: Pool, *, fresh: bool) -> FunctionLink:
+    async def _start(self, nursery: trio.Nursery, pool: Pool, *, fresh: bool) -> FunctionPeer:
         async with self._lock:  # nobody closes the descriptors meanwhile
             if self.state == "ending":
                 raise LeaseLost(f"lease {self.name} is over")
-            link = FunctionLink(await pool.take())
-            nursery.start_soon(link.run)
+            function = FunctionPeer(await pool.take())
+            nursery.start_soon(function.run)
             try:
-                link.process.stream.attach(self._descriptors)
                 serve = Serve(
                     donor=self._donor,
                     spec=self._spec,
                     endpoint=self.endpoint,
                     ticket_key=self._ticket_key,
                     fresh=fresh,
-                    incoming=self._incoming if fresh else None,
+                    arrives_within=self._arrives_within if fresh else None,
                     spill=self._spill,
                 )
-                await link.channel.request(serve, Done, _SERVE_S)
+                await function.serve(serve, self._descriptors.numbers)
             except BaseException:
-                await link.process.kill()
+                await function.kill()
                 raise
-            self._link = link
-            logger.info("lease %s: served by function %d", self.name, link.process.pid)
-            return link
+            self._function = function
+            logger.info("lease %s: served by function %d", self.name, function.process.pid)
+            return function
 
-    async def _watch(self, link: FunctionLink) -> None:
-        self._link, link.on_notice_of = link, self._hear
-        self._linked.set()
-        for message in link.notices:
-            self._hear(message)
-        await link.ended.wait()
-        self._link = None
-        self._linked = trio.Event()
-        await link.process.kill()
+    async def _watch(self, function: FunctionPeer) -> None:
+        self._function = function
+        self._found_function.set()
+        function.listen(self._hear)
+        await function.ended.wait()
+        self._function = None
+        self._found_function = trio.Event()
+        await function.kill()
 
     def _hear(self, message: Message) -> None:
         match message:
@@ -257,10 +213,10 @@ class Custody:
             logger.info("lease %s: arrived", self.name)
             self._on_arrived(self)
 
-    async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionLink | None:
+    async def _replace(self, nursery: trio.Nursery, pool: Pool) -> FunctionPeer | None:
         """Another function on the same memory; None when the lease is over. Raises when nobody can serve it."""
         if self.state == "arriving":
-            if await self._known_state() != "serving":
+            if await self._descriptors.known_state() != "serving":
                 raise LeaseLost("its function ended before all of it had come")
             self._arrive()
         while not self._is_ending():
@@ -280,53 +236,12 @@ class Custody:
     def _is_ending(self) -> bool:
         return self.state == "ending"
 
-    def _state_of_memory(self) -> _native.State:
-        """What is true whichever function lives: the state stands in the memory itself. Raises TransportError."""
-        with self._mapped() as mapped:
-            return "revoked" if mapped is None else mapped.state
-
-    async def _known_state(self) -> _native.State:
-        """Once it can be looked at."""
-        while True:
-            try:
-                return self._state_of_memory()
-            except TransportError as error:
-                logger.warning("%s", error)
-            await trio.sleep(_LOOK_PAUSE_S)
-
-    def _surely_serves(self) -> bool:
-        try:
-            return self._state_of_memory() == "serving"
-        except TransportError as error:
-            logger.warning("%s", error)
-            return False
-
-    @contextmanager
-    def _mapped(self) -> Iterator[_native.Memory | None]:
-        """Our own look at the memory; None when it is cut off, or was never formatted.
-
-        Raises TransportError when this node has no descriptor or no address space for it now.
-        """
-        mapped = None
-        if self._descriptors:
-            try:
-                mapped = _native.Memory(*self._descriptors[:2])
-            except ValueError:
-                pass
-            except OSError as error:
-                raise TransportError(f"the memory of lease {self.name} cannot be looked at now: {error}") from error
-        try:
-            yield mapped
-        finally:
-            if mapped is not None:
-                mapped.close()
-
-    async def _function(self, timeout_s: float) -> FunctionLink:
+    async def _some_function(self, timeout_s: float) -> FunctionPeer:
         """The function, once there is one again. Raises TransportError."""
         with trio.move_on_after(timeout_s):
-            while self._link is None:
-                await self._linked.wait()
-            return self._link
+            while self._function is None:
+                await self._found_function.wait()
+            return self._function
         raise TransportError(f"lease {self.name} has no function now")
 
     # --- moving it ------------------------------------------------------------------------------
@@ -344,42 +259,42 @@ class Custody:
 
     async def send(self, target: Target, timeout_s: float) -> Sent:
         """Has the function send it. A function that died may have sent all of it: then that is in doubt."""
-        link = await self._function(timeout_s)
+        function = await self._some_function(timeout_s)
         try:
-            return await link.channel.request(Send(target=target, deadline=timeout_s), Sent, timeout_s + _ANSWER_S)
+            return await function.send(target, timeout_s)
         except DeadlineExceeded as error:
             return Sent(outcome="in doubt", reason=str(error))
         except MemfaasError as error:
             # Its own word, or it died; if before it froze the memory then nothing can have come of it.
-            sure = not link.channel.closed or self._surely_serves()
+            sure = not function.closed or self._descriptors.surely_served()
             return Sent(outcome="stayed" if sure else "in doubt", reason=str(error))
 
     async def resume(self, epoch: int, timeout_s: float) -> None:
         """It is not served elsewhere and never will be: it is served here, under this epoch. Raises MemfaasError."""
         self._spec = msgspec.structs.replace(self._spec, epoch=epoch)
-        link = await self._function(timeout_s)
-        await link.channel.request(Resume(epoch=epoch), Done, timeout_s)
+        function = await self._some_function(timeout_s)
+        await function.resume(epoch, timeout_s)
 
     # --- its pages ------------------------------------------------------------------------------
 
     async def punch(self, size: int) -> int:
         """Gives free bytes back to the kernel; see `Holding.punch`."""
-        link = await self._function(_PUNCH_S)
+        function = await self._some_function(PUNCH_S)
         async with self._pages:
             leeway = min(self._excess, _LEEWAY)
             self.unsure = True
-            said = (await link.channel.request(Punch(size=size), Punched, _PUNCH_S)).size
+            said = await function.punch(size)
             self.unsure = False
             before = self.punched
             self._believe(before + said, leeway)
             return self.punched - before
 
     async def unpunch(self) -> None:
-        link = await self._function(_PUNCH_S)
+        function = await self._some_function(PUNCH_S)
         async with self._pages:
             # It may do so without being able to say so; and until that is known, it has all of it.
             self.punched, self.unsure = 0, True
-            await link.channel.request(Unpunch(), Done, _PUNCH_S)
+            await function.unpunch()
             self.unsure = False
 
     async def restrain(self) -> int:
@@ -398,12 +313,12 @@ class Custody:
             describe(self._spec),
             format_size(self._excess),
         )
-        link = await self._function(_PUNCH_S)
+        function = await self._some_function(PUNCH_S)
         async with self._pages:
             try:
                 # Only what is free is cut out, so nothing may be held by that holder which is nobody.
-                await link.channel.request(Unpunch(), Done, _PUNCH_S)
-                await link.channel.request(Punch(size=self.punched), Punched, _PUNCH_S)
+                await function.unpunch()
+                await function.punch(self.punched)
             except DeadlineExceeded as error:
                 logger.warning("lease %s: nothing was cut out of it: %s", self.name, error)
         return self._excess if self.state == "serving" and self._excess > _LEEWAY else 0
@@ -411,7 +326,7 @@ class Custody:
     @property
     def _excess(self) -> int:
         """Bytes that it takes beyond what was left to it."""
-        return max(0, self.populated - (self._size - self.punched)) if self._descriptors else 0
+        return max(0, self.populated - (self._size - self.punched))
 
     def _believe(self, punched: int, leeway: int = 0) -> None:
         self.punched = max(self.punched, min(punched, self._size, self._size - self.populated + leeway))
@@ -419,7 +334,7 @@ class Custody:
     async def _count_punched(self) -> None:
         """Whoever had it done, and whether or not its function could say so: it stands in the memory."""
         try:
-            self._believe(await self._with_memory(_punched))
+            self._believe(await self._descriptors.with_memory(_punched))
             self.unsure = False
         except (TransportError, ValueError) as error:
             logger.debug("lease %s: what is punched cannot be told now: %s", self.name, error)
@@ -428,14 +343,14 @@ class Custody:
 
     def gone(self, reason: str) -> LeaseGone:
         """What to tell the broker when it ends now."""
-        certain = self.state != "moving" and self._surely_serves()
+        certain = self.state != "moving" and self._descriptors.surely_served()
         return LeaseGone(lease=self._spec.lease, reason=reason, spec=self._spec if certain else None)
 
     async def end(self, reason: str) -> None:
         """Gives the memory back and removes the sockets. Never raises MemfaasError."""
         self.state = "ending"
         async with self._lock:
-            if not self._descriptors:
+            if self._descriptors.closed:
                 return  # it was ended before
             freed = self._free.is_set() or await self._stop_function(reason)
             if not freed:
@@ -452,7 +367,7 @@ class Custody:
 
         Of a cache its index goes last: to count the keys in it takes longer than to free all the rest.
         """
-        if not self._descriptors or self._free.is_set():
+        if self._descriptors.closed or self._free.is_set():
             return 0
         with trio.CancelScope(shield=True):
             keys = await self._evict(reason)
@@ -465,7 +380,7 @@ class Custody:
             if cut.index is not None:
                 return 0
         elif cut.index is not None:
-            keys = await self._with_memory(partial(memory.cut_off_index, cut.index))
+            keys = await self._descriptors.with_memory(partial(memory.cut_off_index, cut.index))
         self._free.set()
         logger.info("lease %s: evicted: %s", self.name, reason)
         notice = LeaseGone(
@@ -481,31 +396,29 @@ class Custody:
     async def clear_up(self) -> None:
         """After `evict`: ends the function and removes the sockets."""
         async with self._lock:
-            if self._descriptors:
+            if not self._descriptors.closed:
                 await self._close()
 
     async def _close(self) -> None:
         self._free.set()
-        if self._link is not None:
-            await self._link.process.kill()
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors = []
+        if self._function is not None:
+            await self._function.kill()
+        self._descriptors.close()
         for path in (Path(self.endpoint.unix_path), control_path(self.endpoint.unix_path)):
             path.unlink(missing_ok=True)
 
     async def _stop_function(self, reason: str) -> bool:
-        link = self._link
-        if link is None:
+        function = self._function
+        if function is None:
             return False
         try:
-            await link.channel.request(Stop(reason=reason), Done, _STOP_S)
+            await function.stop(reason)
             return True
         except MemfaasError as error:
             logger.warning("lease %s: its function did not stop by itself: %s", self.name, error)
             return False
         finally:
-            await link.process.kill()
+            await function.kill()
 
     async def _cut_off(self, *, keep_index: bool) -> memory.Cut:
         """What the function would have done: clients that map the memory see that it is revoked.
@@ -515,32 +428,17 @@ class Custody:
         state, self.state = self.state, "ending"
         arriving = state == "arriving"
         try:
-            cut = await self._with_memory(partial(memory.cut_off, keep_index=keep_index))
+            cut = await self._descriptors.with_memory(partial(memory.cut_off, keep_index=keep_index))
         except TransportError:
             self.state = state
             raise
-        if cut.registered and self._link is not None:
-            await self._link.process.kill()
+        if self.endpoint.verbs and self._function is not None:
+            await self._function.kill()  # what it has registered with the device is free only then
         if cut.index is not None:
             self._size, self.punched = self._size - cut.size, 0
         if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more
             self._on_arrived(self)
         return cut
-
-    async def _with_memory(self, work: Callable[[int, int], T]) -> T:
-        """Does work in a thread with data and control memory. Raises TransportError when the system refuses it."""
-        copies: list[int] = []
-        try:
-            # Ours may be closed, and their numbers be used again, while the kernel frees the pages.
-            for descriptor in self._descriptors[:2]:
-                copies.append(os.dup(descriptor))
-            data, control = copies
-            return await trio.to_thread.run_sync(work, data, control)
-        except OSError as error:
-            raise TransportError(f"the memory of lease {self.name} cannot be got at now: {error}") from error
-        finally:
-            for descriptor in copies:
-                os.close(descriptor)
 
 
 def _punched(data: int, control: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from memfaas import _native, rpc
 from memfaas.errors import MemfaasError
 from memfaas.fabric import tcp
-from memfaas.messages import Done, Refused, Sent, Target
+from memfaas.messages import Done, Refused, Sent, Target, short
 
 _ROUNDS = 6
 _LITTLE = 4 << 20
@@ -44,7 +44,7 @@ class Departure:
         self._target = target
         self._cut = cut
         self._close = close
-        self._name = target.place.lease.hex()[:8]
+        self._name = short(target.place.lease)
         self._sock: socket.socket | None = None
         self._stopped = False
         self._patience = _LEAST_PATIENCE_S

@@ -8,23 +8,31 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
 
 from memfaas import rpc
 from memfaas.errors import ProtocolError
+from memfaas.messages import Lend, Lent, Message, Reclaim, Reclaimed
 from memfaas.server.fds import peer_of
 
 logger = logging.getLogger(__name__)
 
 
 class Desk:
-    """Serves connections within `run`; `handler` answers what they ask."""
+    """Serves connections within `run`; `reclaim` and `lend` do what they ask."""
 
-    def __init__(self, path: Path, handler: rpc.Handler) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reclaim: Callable[[Reclaim], Awaitable[Reclaimed]],
+        lend: Callable[[Lend], Awaitable[Lent]],
+    ) -> None:
         self._path = path
-        self._handler = handler
+        self._reclaim = reclaim
+        self._lend = lend
 
     async def run(self) -> None:
         self._path.unlink(missing_ok=True)  # a killed agent left it
@@ -44,6 +52,20 @@ class Desk:
             logger.warning("user %d asked for this node's memory and was sent away", uid)
             return
         try:
-            await rpc.Channel(stream, self._handler, "a program of this node").run()
+            await rpc.Channel(stream, self, "a program of this node").run()
         except ProtocolError as error:
             logger.warning("%s", error)
+
+    async def on_request(self, message: Message) -> Message:
+        match message:
+            case Reclaim():
+                # Whoever asked may have given up while this process stood still, and its `Lend` be done: then
+                # the connection has ended, and this is cancelled here.
+                await trio.lowlevel.checkpoint()
+                return await self._reclaim(message)
+            case Lend():
+                return await self._lend(message)
+        raise ProtocolError(f"a donor answers no {type(message).__name__} here")
+
+    def on_notice(self, message: Message) -> None:
+        raise ProtocolError(f"a donor is told no {type(message).__name__}")

@@ -24,6 +24,7 @@ from memfaas.messages import (
     Settle,
     Settled,
     Target,
+    short,
 )
 from memfaas.server.places import place
 
@@ -92,36 +93,36 @@ class DonorPeer:
         """
         if not 0 < message.timeout < math.inf:
             raise UsageError(f"a lease cannot move within {message.timeout:g} s")
-        tables = self._broker.tables
+        tables, grants, courier = self._broker.tables, self._broker.grants, self._broker.courier
         deadline = trio.current_time() + message.timeout
         excluded = set(message.avoid)
         while True:
             lease = tables.movable(self._name, message.lease, message.epoch)
-            target = await self._broker.place_lease(lease, excluded | self._broker.silent, until=deadline)
+            target = await grants.place_lease(lease, excluded | courier.silent, until=deadline)
             lease = tables.movable(self._name, message.lease, message.epoch)  # that may have taken a while
             left = deadline - trio.current_time()
             if left <= 0:
-                raise DeadlineExceeded(f"no donor was ready for lease {message.lease.hex()[:8]} in time")
+                raise DeadlineExceeded(f"no donor was ready for lease {short(message.lease)} in time")
             move, spec = tables.begin_move(lease, target, left + _COPY_MARGIN_S)
-            others = self._broker.has_place(lease, excluded | self._broker.silent)
+            others = grants.has_place(lease, excluded | courier.silent)
             try:
                 # One that hangs costs a third of the time that is left, so that there is some for others.
                 request = Receive(spec=spec, timeout=left + _COPY_MARGIN_S)
                 patience = min(_RECEIVE_S, left / 3 if others else left)
-                granted = await self._broker.ask(target, request, Granted, patience, withdraw=True)
+                granted = await courier.ask(target, request, Granted, patience, withdraw=True)
             except MemfaasError as error:
-                logger.warning("lease %s: cannot move to donor %s: %s", message.lease.hex()[:8], target, error)
+                logger.warning("lease %s: cannot move to donor %s: %s", short(message.lease), target, error)
                 excluded.add(target)
                 outcome = tables.move_over(lease, move, str(error))
                 if isinstance(error, DeadlineExceeded):
-                    self._broker.distrust(target, outcome)
+                    courier.distrust(target, outcome)
                 else:
-                    self._broker.in_background(outcome)
+                    courier.in_background(outcome)
                 continue
             if not tables.move_ready(lease, move, granted.memory):
-                self._broker.in_background(tables.move_over(lease, move, "it did not move after all"))
-                raise LeaseLost(f"lease {message.lease.hex()[:8]} ended, or moves elsewhere")
-            logger.info("lease %s: may move from %s to %s", message.lease.hex()[:8], self._name, target)
+                courier.in_background(tables.move_over(lease, move, "it did not move after all"))
+                raise LeaseLost(f"lease {short(message.lease)} ended, or moves elsewhere")
+            logger.info("lease %s: may move from %s to %s", short(message.lease), self._name, target)
             return Target(
                 place=place(spec, target, granted.endpoint, self._broker.secret), spill=tables.donors[target].spill
             )
@@ -130,10 +131,10 @@ class DonorPeer:
         settled, outcome = self._broker.tables.settle(self._name, message.lease, message.epoch, message.donor)
         logger.info(
             "lease %s: %s at epoch %d, says the broker to donor %s",
-            message.lease.hex()[:8],
+            short(message.lease),
             "moved, and is" if settled.moved else "did not move, and goes on",
             settled.epoch,
             self._name,
         )
-        self._broker.in_background(outcome)
+        self._broker.courier.in_background(outcome)
         return settled

@@ -6,19 +6,26 @@ import errno
 import logging
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
-from memfaas import _native, auth, rpc
+from memfaas import _native, auth, messages, rpc
 from memfaas.errors import AccessError, FabricUnavailable, MemfaasError, ProtocolError
-from memfaas.messages import VerbsHello, VerbsWelcome, Welcome
+from memfaas.messages import VerbsHello, VerbsWelcome, Welcome, short
 from memfaas.server import process
 from memfaas.server.doorman import Doorman, refuse
 from memfaas.server.fds import FdStream, peer_of
 
 _PUT_RIGHT_S = 10.0
+_CONNECTING = 8
+"""Queue pairs that are connected at the same time: one to an address that does not answer takes a thread a second."""
+_REST = 3.0
+"""How long to rest, for each second of registering ahead: whoever works on this node comes first. A lower priority
+would not do: a client that needs a chunk, or a reclaim, may have to wait for the one that is being registered."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +50,14 @@ class Door:
         self._descriptors = descriptors
         self._doorman = doorman
         self._device = device
-        self._name = doorman.spec.lease.hex()[:8]
+        self._name = short(doorman.spec.lease)
         self._on_change = on_change
         self._attached = 0
         self._reaped = trio.Event()
+        self._connecting = trio.CapacityLimiter(_CONNECTING)
+        self._closed_for: set[str] = set()
+        self._closing = threading.Lock()
+        self._limit = ""
 
     def links(self) -> dict[str, int]:
         verbs = self._server.verbs_connections()
@@ -159,7 +170,9 @@ class Door:
             # Before the client knows of its end: then none of its messages comes too early.
             self._server.serve(os.dup(sock.fileno()), end)
             if end is not None:
-                rpc.send_message_blocking(sock, VerbsWelcome(welcome=end.welcome))
+                _welcome(sock, end)
+        if end is not None:
+            self._register_ahead()
         self._on_change()
 
     async def _queue_pair(self, stream: trio.SocketStream) -> _native.ServerEnd:
@@ -168,18 +181,58 @@ class Door:
             if not isinstance(hello, VerbsHello):
                 raise ProtocolError(f"expected the address of a queue pair, got {type(hello).__name__}")
             if not self._device:
-                raise FabricUnavailable("verbs: the donor had no RDMA device that works when it granted the lease")
-            return await trio.to_thread.run_sync(self._server.verbs_end, self._device.encode(), hello.address)
+                raise FabricUnavailable(
+                    "verbs: the donor had no RDMA device that works when it granted the lease, or has it on a disk"
+                )
+            return await trio.to_thread.run_sync(
+                self._server.verbs_end, self._device.encode(), hello.address, limiter=self._connecting
+            )
         except MemfaasError as error:
             await refuse(stream, error)
             raise
 
-    def close_verbs(self, why: str) -> None:
-        """No network device can reach the memory when this returns; clients that come are told why. Blocks."""
-        self._server.close_verbs(why)
+    def _register_ahead(self) -> None:
+        """Has a thread do it, unless one does or there is nothing to do; clients are served meanwhile."""
+        if self._server.begin_registering():
+            threading.Thread(target=self._register, name="register", daemon=True).start()
 
-    def open_verbs(self) -> None:
-        self._server.open_verbs()
+    def _register(self) -> None:
+        try:
+            started = time.monotonic()
+            while self._server.register_more():
+                time.sleep(_REST * (time.monotonic() - started))
+                started = time.monotonic()
+        except FabricUnavailable as error:
+            if self._limit != (limit := str(error)):  # each time that verbs is opened it is met again
+                logger.warning("lease %s: %s; the rest is tried when clients ask for it", self._name, limit)
+            self._limit = limit
+
+    def close_verbs(self, why: str) -> None:
+        """No network device can reach the memory when this returns; clients that come are told why. Blocks.
+
+        It stays closed until it was opened for each reason for which it was closed.
+        """
+        with self._closing:
+            self._closed_for.add(why)
+            self._server.close_verbs(why)
+
+    def open_verbs(self, why: str) -> None:
+        """`why` it was closed is over. Blocks."""
+        with self._closing:
+            self._closed_for.discard(why)
+            if not self._closed_for:
+                self._server.open_verbs()
+
+
+def _welcome(sock: socket.socket, end: _native.ServerEnd) -> None:
+    """Never blocks: who sent requests before it was welcome, and takes none of the replies, is cut off."""
+    frame = rpc.frame(messages.encode(VerbsWelcome(welcome=end.welcome)), rpc.MAX_HANDSHAKE_FRAME)
+    try:
+        if sock.send(frame, socket.MSG_DONTWAIT) == len(frame):
+            return
+    except BlockingIOError:
+        pass
+    sock.shutdown(socket.SHUT_RDWR)
 
 
 def start_time_of(pid: int) -> int:

@@ -10,7 +10,7 @@ import trio
 
 from memfaas import auth, rpc
 from memfaas.errors import MemfaasError, ProtocolError
-from memfaas.messages import LeaseSpec, Refused, TicketHello
+from memfaas.messages import LeaseSpec, Refused, TicketHello, short
 from memfaas.server.lobby import Lobby
 
 _STRANGERS = 64
@@ -63,7 +63,7 @@ class Doorman:
 
     async def guarded(self, serve: Callable[[trio.SocketStream], Awaitable[None]], stream: trio.SocketStream) -> None:
         """What goes wrong with one client ends its connection only."""
-        name = self.spec.lease.hex()[:8]
+        name = short(self.spec.lease)
         try:
             await serve(stream)
         except (OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError) as error:

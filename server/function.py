@@ -142,9 +142,11 @@ class Function:
             self._nursery.cancel_scope.cancel()  # its agent takes the memory back
 
     def the_lease(self) -> Served:
-        """Raises ProtocolError when there is none."""
-        if self._served is None or self._ended:
+        """Raises ProtocolError when there is none, and LeaseLost when its memory is being given back."""
+        if self._served is None:
             raise ProtocolError("this function serves no lease")
+        if self._ended:
+            raise LeaseLost(f"lease {self._served.name} is over, and its memory is being given back")
         return self._served
 
     def _received(self) -> None:
@@ -162,7 +164,7 @@ class Function:
         served, asked_by = self.the_lease(), self._agent
 
         async def work() -> Sent:
-            sent = await served.send(message.target, message.deadline)
+            sent = await served.send(message.target, message.timeout)
             if self._agent is not asked_by or asked_by is None or asked_by.closed:
                 if sent.outcome == "moved":
                     await self._end_alone(served)
@@ -179,7 +181,7 @@ class Function:
         answer = Serving(
             spec=message.spec,
             endpoint=message.endpoint,
-            incoming=served.incoming,
+            arriving=served.arriving,
             in_doubt=served.in_doubt,
         )
         return answer, served.descriptors

@@ -32,7 +32,7 @@ class Reading:
     """What leases have taken from it already."""
     offered: int
     """What the donor lends at most."""
-    reserved: int
+    reclaimed: int
     """What it lends less since memory was scarce."""
 
 
@@ -70,7 +70,7 @@ class Governor:
         self._least = lendable if self._least is None else min(self._least, lendable)
         if self._now() - self._since < self._wait_s:
             return 0
-        step = min(reading.reserved, max(_SMALLEST_STEP, (reading.offered + reading.reserved) // _STEPS))
+        step = min(reading.reclaimed, max(_SMALLEST_STEP, (reading.offered + reading.reclaimed) // _STEPS))
         enough = step > 0 and self._least - self._margin >= reading.offered + step
         if enough:
             self._wait_s = PAUSE_S

@@ -1,4 +1,4 @@
-"""A donor's folder: its lock, its own socket and those of its memory functions, and what it has set aside."""
+"""A donor's folder: its lock, its own socket and those of its memory functions, and what was reclaimed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memfaas.errors import UsageError
@@ -15,9 +16,21 @@ from memfaas.fabric import boot_id
 from memfaas.local_agent import SOCKET
 
 _LOCK = "lock"
-_RESERVED = "reserved.json"
+_RECLAIMED = "reclaimed.json"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Legacy:
+    """What an agent leaves to the next one of its donor, as long as somebody has reclaimed memory of it."""
+
+    asked: dict[str, int]
+    """Bytes that each holder needs."""
+    due: dict[str, float]
+    """By which time (`time.monotonic`) those are to have it who still wait for some of it."""
+    nominal: int
+    """Bytes that the donor lends at most while nobody wants any back."""
 
 
 class Home:
@@ -66,32 +79,28 @@ class Home:
         """Where programs of this node ask the agent."""
         return self.folder / SOCKET
 
-    def reserved(self) -> dict[str, int]:
-        """What an earlier agent of this donor had set aside, by holder; nothing after the node was started anew."""
-        return self._saved()[0]
-
-    def nominal(self) -> int:
-        """Bytes that it lent at most, with what was set aside; 0 if nothing was."""
-        return self._saved()[1]
-
-    def _saved(self) -> tuple[dict[str, int], int]:
+    def legacy(self) -> Legacy:
+        """What an earlier agent of this donor left; nothing after the node was started anew."""
+        path = self.folder / _RECLAIMED
         try:
-            saved = json.loads((self.folder / _RESERVED).read_text())
+            saved = json.loads(path.read_text())
             if saved["boot"] == boot_id():
-                return {str(k): int(v) for k, v in saved["reserved"].items()}, int(saved["nominal"])
+                asked = {str(holder): int(size) for holder, size in saved["asked"].items()}
+                due = {str(holder): float(time) for holder, time in saved["due"].items()}
+                return Legacy(asked, due, int(saved["nominal"]))
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.error("%s cannot be read, so what was set aside is lent again: %s", self.folder / _RESERVED, error)
-        return {}, 0
+            logger.error("%s cannot be read, so what was reclaimed is lent again: %s", path, error)
+        return Legacy({}, {}, 0)
 
-    def save_reserved(self, reserved: dict[str, int], nominal: int) -> None:
+    def leave_behind(self, legacy: Legacy) -> None:
         """For the next agent, whyever this one ends. A folder that takes no file must not keep memory from a job."""
-        path = self.folder / _RESERVED
+        path = self.folder / _RECLAIMED
         draft = path.with_suffix(".new")
         try:
-            if reserved:
-                draft.write_text(json.dumps({"boot": boot_id(), "reserved": reserved, "nominal": nominal}))
+            if legacy.asked:
+                draft.write_text(json.dumps({"boot": boot_id(), **asdict(legacy)}))
                 draft.replace(path)
             else:
                 path.unlink(missing_ok=True)

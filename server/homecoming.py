@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from memfaas.errors import MemfaasError
-from memfaas.messages import Done, MoveAway
+from memfaas.messages import Done, MoveAway, short
 from memfaas.server.records import Donor, Lease, State
 
 if TYPE_CHECKING:
@@ -80,13 +80,13 @@ class Homecoming:
 
     async def _bring_home(self, donor: str, lease: Lease) -> None:
         identity = lease.spec.lease
-        logger.info("lease %s: there is room in memory again, so it leaves donor %s", identity.hex()[:8], donor)
+        logger.info("lease %s: there is room in memory again, so it leaves donor %s", short(identity), donor)
         deadline = trio.current_time() + _MOVE_S
         try:
-            await self._broker.ask(donor, MoveAway(lease=identity), Done, _MOVE_S)
+            await self._broker.courier.ask(donor, MoveAway(lease=identity), Done, _MOVE_S)
             await self._broker.wait_until(lambda: lease.moving is None, deadline)
         except MemfaasError as error:
-            logger.warning("lease %s: it stays on donor %s for now: %s", identity.hex()[:8], donor, error)
+            logger.warning("lease %s: it stays on donor %s for now: %s", short(identity), donor, error)
         finally:
             self._under_way.discard(donor)
         if lease.donor == donor and self._tables.leases.get(identity) is lease:

@@ -38,6 +38,8 @@ class Debt:
     """Leases that could not even be evicted."""
     ended: trio.Event = field(default_factory=trio.Event)
     seconds: float = 0.0
+    inherited: bool = False
+    """An earlier agent began it, so that nobody waits for it."""
     _activity: dict[bytes, float] = field(default_factory=dict)
 
     @property
@@ -129,8 +131,8 @@ class Ledger:
         """Whether other holders need what this one needs."""
         return holder in self.asked and sum(self.asked.values()) > self.nominal
 
-    def reserved(self, holder: str) -> int:
-        """Bytes that are set aside for this holder, perhaps for others too."""
+    def reclaimed(self, holder: str) -> int:
+        """Bytes that are not lent because this holder needs them, perhaps for others too."""
         return min(self.asked.get(holder, 0), self.nominal)
 
     @property
@@ -147,14 +149,17 @@ class Ledger:
     def borrow(self, holder: str, size: int, deadline_s: float) -> Debt:
         """Lowers the offer; what nobody had leased of it is paid at once.
 
-        What leases take beyond the offer already, though nobody sees to it, is owed from now on, too: an agent
-        that was killed in the middle of a reclaim leaves that behind. Raises UsageError.
+        What leases take beyond the offer already, though nobody sees to it, is owed from now on, too.
+        Raises UsageError.
         """
         if size < 0:
             raise UsageError(f"cannot take back {size} bytes")
         if not 0 <= deadline_s < float("inf"):
             raise UsageError(f"cannot take memory back within {deadline_s} seconds")
         self.settle()
+        for debt in self.debts:
+            if debt.inherited and debt.holder == holder and debt.deadline > trio.current_time() + deadline_s:
+                debt.withdraw(debt.left)  # whoever asks again, and wants it sooner, is owed it now
         before = self.offered
         neglected = max(0, self.used - before) - sum(one.left for one in self.debts)
         if size > 0:
@@ -165,6 +170,26 @@ class Ledger:
         self.debts.sort(key=lambda one: one.deadline)
         self.settle()
         return debt
+
+    def inherit(self, due: dict[str, float]) -> list[Debt]:
+        """An earlier agent was killed while holders waited for memory, by these deadlines: it is owed to them again.
+
+        What is owed is what leases take beyond the offer. The nearest deadlines were paid first, so it is owed to
+        the last ones.
+        """
+        now = trio.current_time()
+        left = self.used - self.offered
+        inherited: list[Debt] = []
+        for holder, deadline in sorted(due.items(), key=lambda one: one[1], reverse=True):
+            size = min(left, self.asked.get(holder, 0))
+            if size > 0:
+                left -= size
+                seconds = max(0.0, deadline - now)
+                inherited.append(
+                    Debt(holder=holder, asked=size, left=size, started=now, deadline_s=seconds, inherited=True)
+                )
+        self.debts = inherited[::-1] + self.debts
+        return inherited
 
     def lend(self, holder: str, size: int | None) -> int:
         """The holder needs so many bytes less, or none. Returns by how many the offer is higher then.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from memfaas import rpc
 from memfaas.addresses import Address
 from memfaas.auth import Credentials
 from memfaas.errors import AccessError, MemfaasError, ProtocolError, TransportError
-from memfaas.messages import LeaseGone, Message
+from memfaas.messages import LeaseGone, Message, Reclaimed
 from memfaas.server import process
 
 _SAY_S = 2.0
@@ -47,7 +48,7 @@ class Line:
         self._stream: trio.SocketStream | None = None
         self._channel: rpc.Channel | None = None
         self._known = False
-        self._unsaid: list[LeaseGone] = []
+        self._unsaid: deque[Message] = deque()
 
     @property
     def open(self) -> bool:
@@ -65,16 +66,32 @@ class Line:
             await rpc.caught_up(self._stream)
 
     async def say(self, message: Message) -> None:
-        """Tells the broker. When it is away, the next registration does; and what is gone is said after that."""
-        if self._channel is not None:
+        """Tells the broker. When it is away, the next registration does; what that cannot tell is said after it.
+
+        That is how leases went, of which a broker that was started anew does not even know that we had them, and
+        what was reclaimed.
+        """
+        channel = self._channel
+        if channel is not None:
             try:
                 with trio.move_on_after(_SAY_S):
-                    await self._channel.notify(message)
+                    await channel.notify(message)
                     return
             except TransportError:
                 pass
-        if isinstance(message, LeaseGone):
-            self._unsaid.append(message)  # a broker that was started anew does not even know that we had it
+        if isinstance(message, LeaseGone | Reclaimed):
+            self._unsaid.append(message)
+        if channel is not None:
+            await channel.aclose()  # or it would stay unsaid while this lasts
+
+    async def _catch_up(self, channel: rpc.Channel) -> None:
+        while self._unsaid:
+            message = self._unsaid.popleft()
+            try:
+                await channel.notify(message)
+            except BaseException:
+                self._unsaid.appendleft(message)
+                raise
 
     async def run(self) -> None:
         """Connects again whenever the connection breaks. Raises what waiting does not mend."""
@@ -123,8 +140,9 @@ class Line:
                 failure = None
                 self._known = True
                 self._channel = channel
-                unsaid, self._unsaid = self._unsaid, []
-                for message in unsaid:
-                    await self.say(message)
+                try:
+                    await self._catch_up(channel)
+                except TransportError:
+                    pass  # the next connection does
         self._channel = None
         return failure

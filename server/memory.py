@@ -113,8 +113,6 @@ class Cut:
     """Bytes of data that are gone."""
     index: _native.Memory | None
     """What is left, if it was to be kept, for `cut_off_index`."""
-    registered: bool
-    """Network devices may reach it, so that it is free only when its function has ended."""
 
 
 def cut_off(data: int, control: int, *, keep_index: bool) -> Cut:
@@ -122,7 +120,6 @@ def cut_off(data: int, control: int, *, keep_index: bool) -> Cut:
     if that is kept. Blocks while the kernel frees the pages."""
     before: _native.State = "revoked"
     index = None
-    registered = False
     left, size = 0, os.fstat(data).st_size
     try:
         mapped = _native.Memory(data, control)
@@ -130,13 +127,12 @@ def cut_off(data: int, control: int, *, keep_index: bool) -> Cut:
         logger.debug("a lease was cut off without a notice: %s", error)
     else:
         before = mapped.revoke()
-        registered = mapped.registered()  # what is revoked is not registered any more: see native/verbs_serve.c
         if keep_index:
             index, left = mapped, _end_of_index(mapped)
         else:
             mapped.close()
     os.ftruncate(data, left)
-    return Cut(before, size - left, index, registered)
+    return Cut(before, size - left, index)
 
 
 def _end_of_index(shard: _native.Memory) -> int:

@@ -7,13 +7,13 @@ docs/architecture.md, "How a lease moves".
 from __future__ import annotations
 
 import logging
-from typing import Protocol, TypeVar
 
 import trio
 
 from memfaas.errors import DeadlineExceeded, LeaseLost, MemfaasError, TransportError
-from memfaas.messages import LeaseGone, Message, Relocate, Settle, Settled, Target
+from memfaas.messages import LeaseGone, Relocate, Settle, Settled, Target
 from memfaas.server.custody import Custody
+from memfaas.server.line import Line
 from memfaas.server.victims import Moved
 
 _ASK_S = 5.0
@@ -22,20 +22,10 @@ _LEAST_S = 0.02
 """With less time than this no copy is begun."""
 _RESUME_S = 10.0
 
-R = TypeVar("R", bound=Message)
 logger = logging.getLogger(__name__)
 
 
-class Broker(Protocol):
-    """The agent's line to the broker."""
-
-    async def ask(self, message: Message, reply: type[R], timeout_s: float) -> R:
-        """Raises TransportError while the broker is away."""
-
-    async def say(self, message: Message) -> None: ...
-
-
-async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
+async def move(custody: Custody, line: Line, deadline: float) -> Moved:
     """Moves a lease to another donor; its memory here is free when this returns.
 
     Tries one donor after the other until the deadline (by trio's clock). Raises MemfaasError when the lease
@@ -46,11 +36,11 @@ async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
     reason = "there was no time"
     while (left := deadline - trio.current_time()) > _LEAST_S:
         request = Relocate(lease=custody.spec.lease, epoch=custody.spec.epoch, timeout=left, avoid=avoid)
-        target = await broker.ask(request, Target, left)
+        target = await line.ask(request, Target, left)
         sent = await custody.send(target, max(_LEAST_S, deadline - trio.current_time()))
         there = target.place.donor
-        if sent.outcome == "moved" or (sent.outcome == "in doubt" and await settle(custody, broker, target)):
-            await leave(custody, broker, there)
+        if sent.outcome == "moved" or (sent.outcome == "in doubt" and await settle(custody, line, target)):
+            await leave(custody, line, there)
             return Moved(spill=target.spill, pause=sent.pause)
         reason = sent.reason
         logger.warning("lease %s: could not be moved to donor %s: %s", custody.name, there, reason)
@@ -58,14 +48,14 @@ async def move(custody: Custody, broker: Broker, deadline: float) -> Moved:
     raise DeadlineExceeded(f"lease {custody.name} could not be moved in time: {reason}")
 
 
-async def leave(custody: Custody, broker: Broker, target: str) -> None:
+async def leave(custody: Custody, line: Line, target: str) -> None:
     """It is served there: gives its memory here back."""
     reason = f"it was moved to donor {target}"
     await custody.end(reason)
-    await broker.say(LeaseGone(lease=custody.spec.lease, reason=reason, moved_to=target))
+    await line.say(LeaseGone(lease=custody.spec.lease, reason=reason, moved_to=target))
 
 
-async def settle(custody: Custody, broker: Broker, target: Target) -> bool:
+async def settle(custody: Custody, line: Line, target: Target) -> bool:
     """Asks until the broker knows whether the lease is served there; otherwise has it served here again.
 
     Raises LeaseLost when nobody can tell, TransportError when it cannot be served here.
@@ -73,7 +63,7 @@ async def settle(custody: Custody, broker: Broker, target: Target) -> bool:
     request = Settle(lease=custody.spec.lease, epoch=target.place.epoch, donor=target.place.donor)
     while True:
         try:
-            settled = await broker.ask(request, Settled, _ASK_S)
+            settled = await line.ask(request, Settled, _ASK_S)
             break
         except LeaseLost:
             raise

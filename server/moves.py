@@ -16,9 +16,9 @@ import math
 import msgspec
 
 from memfaas.errors import LeaseLost, TransportError, UsageError
-from memfaas.messages import LeaseSpec, Memory, Settled
+from memfaas.messages import LeaseSpec, Memory, Settled, short
 from memfaas.server.book import Book
-from memfaas.server.records import DONOR_GRACE_S, MOVE_MARGIN_S, NOWHERE, Lease, Move, Outcome, State, ToTell, short
+from memfaas.server.records import DONOR_GRACE_S, MOVE_MARGIN_S, NOWHERE, Lease, Move, Outcome, State, ToTell
 
 _FORGOTTEN = 1000
 """An earlier life of the broker may have given so many epochs to copies that nobody asks about any more,

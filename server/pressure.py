@@ -269,5 +269,5 @@ def _read(reclaimer: Reclaimer, available: int, populated: int) -> Reading:
         available=available,
         populated=populated,
         offered=reclaimer.offered,
-        reserved=reclaimer.reserved.get(HOLDER, 0),
+        reclaimed=reclaimer.reclaimed.get(HOLDER, 0),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 import trio
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 class Reclaimer:
     """All reclaims of one donor; `run` must be running.
 
-    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_reserved`
-    is called when `asked` has changed, before anything else happens.
+    `holdings` gives every lease that the donor has memory for. `evict_rate` is in bytes per second. `on_change`
+    is called when `asked` or `due` has changed, before anything else happens.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Reclaimer:
         nominal: int = 0,
         evict_rate: int = EVICT_RATE,
         moves_at_once: int = MOVES_AT_ONCE,
-        on_reserved: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._donor = donor
         self._holdings = holdings
         self._evict_rate = evict_rate
         self._moves_at_once = moves_at_once
-        self._on_reserved = on_reserved
+        self._on_change = on_change
         self._ledger = Ledger(holdings, nominal)
         self._woken = trio.Event()
         self._nursery: trio.Nursery
@@ -83,14 +83,19 @@ class Reclaimer:
         self.changed()
 
     @property
-    def reserved(self) -> dict[str, int]:
+    def reclaimed(self) -> dict[str, int]:
         """Bytes that are not lent, by who took them back. Several may need the same, so the sum may be more."""
-        return {holder: self._ledger.reserved(holder) for holder in self._ledger.asked}
+        return {holder: self._ledger.reclaimed(holder) for holder in self._ledger.asked}
 
     @property
     def asked(self) -> dict[str, int]:
         """Bytes that each of them needs, though it may be more than the donor lends; for `restore`."""
         return dict(self._ledger.asked)
+
+    @property
+    def due(self) -> dict[str, float]:
+        """By which time (trio's) those are to have it who still wait for some of it; for `restore`."""
+        return {debt.holder: debt.deadline for debt in self._ledger.debts if debt.left > 0}
 
     @property
     def offered(self) -> int:
@@ -117,8 +122,10 @@ class Reclaimer:
         more = max(0, size - self._ledger.asked.get(holder, 0)) if in_all else size
         debt = self._ledger.borrow(holder, more, deadline_s)
         shared = self._ledger.shared(holder)
-        earlier = [one for one in others if shared or (in_all and one.holder == holder)]
-        self._on_reserved()
+        earlier = [one for one in others if one.left > 0 and (shared or (in_all and one.holder == holder))]
+        self._on_change()
+        if any(one.inherited for one in others):
+            self._wake()  # it may have nothing left to do
         if debt.left > 0:
             self._nursery.start_soon(self._collect, debt)
             await debt.ended.wait()
@@ -127,20 +134,37 @@ class Reclaimer:
         with trio.move_on_at(debt.deadline):
             for one in earlier:
                 await one.ended.wait()
-        held = self._ledger.reserved(holder)
+        held = self._ledger.reclaimed(holder)
         result = debt.result(self._donor)
         in_time = result.in_time and all(one.ended.is_set() for one in earlier)
         return msgspec.structs.replace(result, held=held, in_time=in_time, wanted=size, deadline=deadline_s)
 
-    def restore(self, asked: dict[str, int]) -> None:
-        """What was needed of an earlier agent of this donor; its reclaims are over."""
+    def restore(
+        self,
+        asked: dict[str, int],
+        due: dict[str, float],
+        nominal: int,
+        on_reclaimed: Callable[[Reclaimed], Awaitable[None]],
+    ) -> None:
+        """Goes on where an earlier agent of this donor ended, with all leases that it left.
+
+        Who asked for reclaims that go on may be gone, too, so that `on_reclaimed` gets what comes of each.
+        """
         self._ledger.asked.update(asked)
+        self._ledger.nominal = nominal
+        for debt in self._ledger.inherit(due):
+            self._nursery.start_soon(self._finish, debt, on_reclaimed)
         self.changed()
+
+    async def _finish(self, debt: Debt, on_reclaimed: Callable[[Reclaimed], Awaitable[None]]) -> None:
+        await self._collect(debt)
+        if debt.asked > 0:  # nobody else took it over
+            await on_reclaimed(debt.result(self._donor))
 
     def lend(self, holder: str, size: int | None = None) -> int:
         """This holder needs so many bytes less, or none any more. Returns how many more are lent."""
         lent = self._ledger.lend(holder, size)
-        self._on_reserved()
+        self._on_change()
         self.changed()
         return lent
 
@@ -180,6 +204,7 @@ class Reclaimer:
                 self._ledger.settle()
         finally:
             self._end(debt)
+        self._on_change()  # one that is cancelled is left to the next agent
 
     def _end(self, debt: Debt) -> None:
         self._ledger.end(debt)

@@ -162,7 +162,3 @@ class Room(NamedTuple):
 def shard_lease(store: bytes, shard: int) -> bytes:
     """Identity of a shard's lease; computed, so that a missing shard's is known too."""
     return hashlib.blake2b(store + shard.to_bytes(4, "big"), digest_size=16).digest()
-
-
-def short(identity: bytes) -> str:
-    return identity.hex()[:8]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from memfaas.messages import DonorReport, Endpoint, HeldLease, LeaseGone, LeaseSpec, Memory
+from memfaas.messages import DonorReport, Endpoint, HeldLease, LeaseGone, LeaseSpec, Memory, short
 from memfaas.server.moves import Moves
 from memfaas.server.records import (
     DONOR_GRACE_S,
@@ -21,7 +21,6 @@ from memfaas.server.records import (
     ToDirect,
     ToTell,
     shard_lease,
-    short,
 )
 
 

@@ -14,7 +14,7 @@ import trio
 
 from memfaas import _native
 from memfaas.errors import CapacityError, LeaseLost, TransportError
-from memfaas.messages import FunctionReport, Sent, Serve, Target
+from memfaas.messages import FunctionReport, Sent, Serve, Target, short
 from memfaas.server.arrival import Arrival
 from memfaas.server.departure import Departure
 from memfaas.server.door import Door
@@ -32,6 +32,9 @@ _POPULATE_NICE = 10
 _STOP_TCP_S = 1.0
 _PUNCH_S = 0.05
 """How long to wait for what was freed just now, which nobody can use before."""
+_MOVING = "the lease is moving"
+_PUNCHING = "memory of it is being given back to the node"
+"""Why it is not served over verbs."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class Served:
         self.in_doubt: Target | None = None
         """Where all of it was sent, if no answer came."""
         self.descriptors = descriptors
-        self.name = message.spec.lease.hex()[:8]
+        self.name = short(message.spec.lease)
         self._data, self._control, self._unix, self._tcp = descriptors
         self._on_change = on_change
         self._on_received = on_received
@@ -69,7 +72,7 @@ class Served:
         self._door: Door
 
     @property
-    def incoming(self) -> bool:
+    def arriving(self) -> bool:
         """Not all of it is here."""
         return self._arrival is not None
 
@@ -87,7 +90,7 @@ class Served:
                     store=spec.store.store if spec.store is not None else bytes(16),
                     shard=spec.shard,
                     epoch=spec.epoch,
-                    arriving=self.message.incoming is not None,
+                    arriving=self.message.arrives_within is not None,
                 )
             self._memory = _native.Memory(self._data, self._control)
         except (OSError, ValueError) as error:
@@ -97,7 +100,7 @@ class Served:
         self._doorman = Doorman(spec, self.message.donor, self.message.ticket_key)
         device = self.message.endpoint.verbs
         self._door = Door(self._memory, [self._data, self._control], self._doorman, device, self._on_change)
-        if self.message.incoming is not None:
+        if self.message.arrives_within is not None:
             self._arrival = Arrival(self._memory, self._data, self._doorman, spill=self.message.spill)
 
     async def run(self) -> None:
@@ -110,8 +113,8 @@ class Served:
     async def _arrive(self) -> None:
         if self._arrival is None:
             return
-        assert self.message.incoming is not None
-        await self._arrival.run(_listener(self._tcp), self.message.incoming)
+        assert self.message.arrives_within is not None
+        await self._arrival.run(_listener(self._tcp), self.message.arrives_within)
         self._arrival = None
         self._on_received()
 
@@ -141,22 +144,22 @@ class Served:
 
         Raises TransportError when it is being sent already, or has not arrived.
         """
-        if self._departure is not None or self.in_doubt is not None or self.incoming or self._stopping:
+        if self._departure is not None or self.in_doubt is not None or self.arriving or self._stopping:
             raise TransportError(f"lease {self.name} cannot be sent now")
         departure = self._departure = Departure(
-            self._memory, target, self._door.cut, lambda: self._door.close_verbs("the lease is moving")
+            self._memory, target, self._door.cut, lambda: self._door.close_verbs(_MOVING)
         )
         self._departed = trio.Event()
         try:
             sent = await trio.to_thread.run_sync(departure.run, timeout_s)
+            if sent.outcome == "in doubt":
+                self.in_doubt = target
+            elif sent.outcome == "stayed":
+                await trio.to_thread.run_sync(self._door.open_verbs, _MOVING)
+            return sent
         finally:
             self._departure = None
             self._departed.set()
-        if sent.outcome == "in doubt":
-            self.in_doubt = target
-        elif sent.outcome == "stayed" and not self._stopping:
-            self._door.open_verbs()
-        return sent
 
     async def resume(self, epoch: int) -> None:
         """What was sent will never be served there."""
@@ -170,14 +173,13 @@ class Served:
         self._memory.set_epoch(epoch)
         self.in_doubt = None
         self._memory.thaw()
-        if not self._stopping:
-            self._door.open_verbs()
+        await trio.to_thread.run_sync(self._door.open_verbs, _MOVING)
 
     # --- its pages ------------------------------------------------------------------------------
 
     async def punch(self, size: int) -> int:
         """Gives up to so many bytes of free spans back to the kernel; returns how many."""
-        if self.incoming or self._departure is not None:
+        if self.arriving or self._departure is not None:
             return 0
         return await trio.to_thread.run_sync(self._punch, size)
 
@@ -185,12 +187,11 @@ class Served:
         populating, self._populating = self._populating, None
         if populating is not None:  # or it would bring the pages back
             populating.join()
-        self._door.close_verbs("memory of it is being given back to the node")  # what is registered is not given back
+        self._door.close_verbs(_PUNCHING)  # what is registered is not given back
         try:
             return self._memory.punch(self._data, size, _PUNCH_S)
         finally:
-            if not self._stopping and self._departure is None:
-                self._door.open_verbs()
+            self._door.open_verbs(_PUNCHING)
 
     async def unpunch(self) -> None:
         """Raises CapacityError when its disk has no room for it; then some of it stays so."""

@@ -120,12 +120,12 @@ class SessionPeer:
         self._broker.session_opened(self._session, self.channel)
         if message.stores or message.leases:
             self._broker.saw_earlier_life()
-        self._broker.in_background(outcome)
+        self._broker.courier.in_background(outcome)
         return SessionOpened(session=self._session, ttl=self._tables.ttl)
 
     async def _close_session(self, _: CloseSession) -> Done:
         outcome = self._tables.close_session(self._session)
-        await self._broker.detached(lambda: self._broker.carry_out(outcome))
+        await self._broker.detached(lambda: self._broker.courier.carry_out(outcome))
         return Done()
 
     async def _renew(self, message: Renew) -> Renewed:
@@ -152,7 +152,7 @@ class SessionPeer:
 
         async def regrant(lease: Lease) -> None:
             try:
-                await self._broker.detached(lambda: self._broker.regrant(lease))
+                await self._broker.detached(lambda: self._broker.grants.regrant(lease))
             except MemfaasError as error:
                 logger.warning("store %s of %s: a shard stays dropped: %s", store.spec.name, store.spec.tenant, error)
 
@@ -166,7 +166,7 @@ class SessionPeer:
         if size is None:
             raise UnknownStore(f"there is no store {message.name!r}; one is made when it is opened with a size")
         return await self._broker.detached(
-            lambda: self._broker.create_store(self._session, self._tenant, message, size)
+            lambda: self._broker.grants.new_store(self._session, self._tenant, message, size)
         )
 
     async def _existing(self, name: str) -> Store | None:
@@ -192,27 +192,27 @@ class SessionPeer:
 
     async def _close_store(self, message: CloseStore) -> Done:
         outcome = self._tables.close_store(self._session, message.store)
-        await self._broker.detached(lambda: self._broker.carry_out(outcome))
+        await self._broker.detached(lambda: self._broker.courier.carry_out(outcome))
         return Done()
 
     async def _delete_store(self, message: DeleteStore) -> Done:
         await self._existing(message.name)
         outcome = self._tables.delete_store(self._tenant, message.name)
         logger.info("store %s of %s: deleted", message.name, self._tenant)
-        await self._broker.detached(lambda: self._broker.carry_out(outcome))
+        await self._broker.detached(lambda: self._broker.courier.carry_out(outcome))
         return Done()
 
     # --- leases ---------------------------------------------------------------------------------
 
     async def _open_region(self, message: OpenRegion) -> RegionGranted:
         lease = await self._broker.detached(
-            lambda: self._broker.create_region(self._session, self._tenant, message.size)
+            lambda: self._broker.grants.new_region(self._session, self._tenant, message.size)
         )
         return RegionGranted(place=self._place(self._tables.locate(self._tenant, lease.spec.lease)))
 
     async def _release_lease(self, message: ReleaseLease) -> Done:
         outcome = self._tables.release(self._session, message.lease)
-        await self._broker.detached(lambda: self._broker.carry_out(outcome))
+        await self._broker.detached(lambda: self._broker.courier.carry_out(outcome))
         return Done()
 
     async def _locate(self, message: Locate) -> Located:
@@ -234,7 +234,7 @@ class SessionPeer:
     async def _obtain(self, lease: Lease) -> None:
         """What was dropped is granted anew; what is on its way somewhere is waited for, for a moment."""
         if lease.state is State.DROPPED:
-            await self._broker.detached(lambda: self._broker.regrant(lease))
+            await self._broker.detached(lambda: self._broker.grants.regrant(lease))
 
         def here() -> bool:
             return lease.state is not State.GRANTING and (lease.state is not State.MISSING or lease.moving is None)
@@ -276,7 +276,7 @@ class SessionPeer:
         if not known[donor].connected:
             there = [name for name in known if known[name].connected]
             raise TransportError(f"donor {donor} is not connected; connected are {_some(there)}")
-        return await self._broker.ask(donor, message, reply, timeout_s, withdraw=True)
+        return await self._broker.courier.ask(donor, message, reply, timeout_s, withdraw=True)
 
     async def _status(self, _: Status) -> StatusReport:
         tenant = None if self._tenant == auth.OPERATOR else self._tenant

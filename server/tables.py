@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore, UsageError
-from memfaas.messages import LeaseSpec, StoreSpec
-from memfaas.server.records import Lease, Outcome, Session, State, Store, ToTell, short
+from memfaas.messages import LeaseSpec, StoreSpec, short
+from memfaas.server.records import Lease, Outcome, Session, State, Store, ToTell
 from memfaas.server.registry import Registry
 
 

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import Any, Literal, Protocol
 
-from memfaas.messages import LeaseSpec
+from memfaas.messages import LeaseSpec, short
 
 HoldingState = Literal["arriving", "serving", "moving", "ending"]
 """Another donor sends it to us; it is here; we send it away; it is over and its memory is about to be free."""
@@ -78,7 +78,7 @@ def describe(spec: LeaseSpec) -> str:
     """Such as `shard 3 of store 'results' of alice`."""
     if spec.store is not None:
         return f"shard {spec.shard} of store {spec.store.name!r} of {spec.tenant}"
-    return f"region {spec.lease.hex()[:8]} of {spec.tenant}"
+    return f"region {short(spec.lease)} of {spec.tenant}"
 
 
 # --- the choice ---------------------------------------------------------------------------------------

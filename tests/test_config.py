@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memfaas.addresses import Address
+from memfaas.client.session import Session, connect
 from memfaas.config import (
     ROLES,
     BrokerSettings,
@@ -53,11 +54,11 @@ def test_without_any_source_there_are_defaults(home: Path, tmp_path: Path) -> No
     assert (broker.listen_host, broker.listen_port, broker.lease_ttl) == ("127.0.0.1", 7411, 30.0)
     assert broker.secret_file == home / ".config/memfaas/secret"
 
-    donor = load_settings(DonorSettings, {"name": "node1"}, environ={})
+    donor = load_settings(DonorSettings, {"name": "n"}, environ={})
     assert (donor.memory, donor.headroom, donor.warm, donor.listen_host) == ("auto", 2**30, 2, None)
     assert donor.broker == Address("127.0.0.1", 7411)
     assert donor.runtime_dir == tmp_path / "run" / "memfaas"
-    assert donor.home == tmp_path / "run" / "memfaas" / "node1"
+    assert donor.home == tmp_path / "run" / "memfaas" / "n"
 
     client = load_settings(ClientSettings, environ={})
     assert (client.fabric, client.timeout, client.tenant) == ("auto", 10.0, None)
@@ -283,3 +284,14 @@ def test_any_sensible_donor_can_be_written_as_environment(
     values = {"memory": memory, "headroom": headroom, "warm": warm, "name": name, "runtime_dir": "/run/m"}
     environ = {f"MEMFAAS_DONOR_{key.upper()}": str(value) for key, value in values.items()}
     assert load_settings(DonorSettings, environ=environ) == load_settings(DonorSettings, values, environ={})
+
+
+def test_connect_pins_the_rdma_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[ClientSettings] = []
+    monkeypatch.setattr(Session, "open", opened.append)
+    monkeypatch.setenv("MEMFAAS_DEVICE", "mlx5_0")
+    connect("node1:7411", device="mlx5_1:2")
+    connect("node1:7411")
+    assert [one.device for one in opened] == ["mlx5_1:2", "mlx5_0"]
+    with pytest.raises(UsageError, match="RDMA device"):
+        connect("node1:7411", device="mlx5_1:port")

@@ -25,6 +25,7 @@ import memfaas
 from memfaas import config, doctor, errors, messages
 from memfaas.bench import bars
 from memfaas.bench.plan import SIZES
+from memfaas.bench.verbs import bars as verbs_bars
 from memfaas.cli import main, status, usage
 from memfaas.units import format_size
 
@@ -241,6 +242,19 @@ def test_the_table_of_bars_is_complete_and_true() -> None:
         for bar in bars.BARS
     ]
     assert [[row[0], row[1], row[3]] for row in table_after("docs/benchmarks.md", "## The bars")] == expected
+
+
+def test_the_table_of_the_verbs_fabrics_bars_is_complete_and_true() -> None:
+    expected = [
+        [
+            bar.text,
+            "all" if bar.sizes == verbs_bars.SIZES else ", ".join(map(format_size, bar.sizes)),
+            f"at most {bar.most:.3g}",
+        ]
+        for bar in verbs_bars.BARS
+    ]
+    rows = table_after("docs/benchmarks.md", "## The verbs fabric")
+    assert [[row[0], row[1], row[3]] for row in rows] == expected
 
 
 def test_the_fields_of_the_doctors_findings_are_named() -> None:

@@ -76,7 +76,7 @@ def test_the_wheel_holds_memfaas_and_nothing_else(built: tuple[Path, Path]) -> N
     assert {"memfaas/py.typed", "memfaas/_native.pyi"} <= set(names)
     assert {f"memfaas/{role}/__init__.py" for role in ROLES} <= set(names)
     assert any(name.startswith("memfaas/_native.") and name.endswith(".so") for name in names)
-    compiled_when_run = {f"memfaas/bench/{path.name}" for path in (ROOT / "bench").glob("*.c")}
+    compiled_when_run = {f"memfaas/{path.relative_to(ROOT)}" for path in (ROOT / "bench").rglob("*.c")}
     assert {name for name in names if name.endswith((".c", ".h", ".pyx", ".pxd"))} == compiled_when_run
 
 

@@ -106,7 +106,7 @@ def install(folder: str, deadline: str, slurm_conf: str, with_stores: bool, keys
 def scan(as_json: bool, publish: bool, start: str | None, **given: Any) -> None:
     """Show what Slurm's nodes lend, and which idle nodes could.
 
-    Run it now and then (cron, or a timer). Memory that is still set aside for a job that Slurm no
+    Run it now and then (cron, or a timer). Memory that is still taken back for a job that Slurm no
     longer knows is lent again. Needs the cluster's secret.
 
     \b
@@ -183,4 +183,4 @@ def _show(found: Scan) -> None:
         table.add_row(node.name, node.state, format_size(node.memory), format_size(node.allocated), *shown, hint)
     make_console().print(table)
     for donor_name, holder in found.ended:
-        click.echo(f"memfaas: {donor_name} lends again what it had set aside for {holder}, which has ended", err=True)
+        click.echo(f"memfaas: {donor_name} lends again what was taken back for {holder}, which has ended", err=True)

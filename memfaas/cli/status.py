@@ -23,7 +23,7 @@ from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.client.session import Session
 from memfaas.config import ClientSettings
 from memfaas.errors import TransportError
-from memfaas.messages import LeaseInfo, Message, StatusReport, StoreInfo
+from memfaas.messages import LeaseInfo, Message, StatusReport, StoreInfo, short
 from memfaas.units import format_duration, format_size
 
 WATCH_EVERY_S = 1.0
@@ -212,7 +212,7 @@ def lease_table(report: StatusReport) -> Table:
         expires = "never" if one.expires_in is None else format_duration(one.expires_in)
         owner = one.tenant if one.store is None else f"store {one.store}"
         table.add_row(
-            one.lease.hex()[:8],
+            short(one.lease),
             owner,
             "-" if one.shard is None else str(one.shard),
             format_size(one.size),
@@ -247,7 +247,7 @@ def _session_table(report: StatusReport) -> Table:
     table = make_table("sessions", "session", "tenant", ">leases", "links", "state", fold=("links",))
     for one in report.sessions:
         state = Text("connected", "green") if one.connected else Text("away", "red")
-        table.add_row(one.session.hex()[:8], one.tenant, str(one.leases), _counts(one.fabrics), state)
+        table.add_row(short(one.session), one.tenant, str(one.leases), _counts(one.fabrics), state)
     return table
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from memfaas._native import VerbsLink
 from memfaas.errors import DeadlineExceeded, FabricUnavailable
 from memfaas.fabric import shm, tcp, verbs
-from memfaas.fabric.devices import chosen_device, local_device
+from memfaas.fabric.devices import chosen_device, read_kernel
+from memfaas.messages import short
 
 if TYPE_CHECKING:
     from memfaas._native import ShmLink, TcpLink
@@ -32,7 +33,7 @@ class Opened:
 
     link: ShmLink | TcpLink | VerbsLink
     fallback: str | None = None
-    """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device."""
+    """Why this is tcp, although the lease is on this node, or both nodes have an RDMA device (or one is pinned)."""
     device: str | None = None
     """Over verbs: the RDMA device, port and address of this node that is used, as NAME:PORT:GID."""
 
@@ -51,7 +52,7 @@ def check_reach(place: Place, choice: Choice) -> None:
     node = place.endpoint.node  # empty: no donor holds it now
     if choice == "shm" and node and node != boot_id():
         raise FabricUnavailable(
-            f"shm cannot reach lease {place.lease.hex()[:8]}: donor {place.donor} is another node; "
+            f"shm cannot reach lease {short(place.lease)}: donor {place.donor} is another node; "
             "leave the choice of the fabric to memfaas, or take tcp"
         )
 
@@ -67,7 +68,7 @@ def open_link(
     Raises FabricUnavailable, DeadlineExceeded, AccessError (TicketExpired), ProtocolError.
     """
     if not place.endpoint.node:
-        raise FabricUnavailable(f"no donor holds lease {place.lease.hex()[:8]} now")
+        raise FabricUnavailable(f"no donor holds lease {short(place.lease)} now")
     check_reach(place, choice)
     if choice == "shm" and not served:
         return Opened(shm.open_link(place, deadline, timeout_s))
@@ -77,7 +78,7 @@ def open_link(
     try:
         if choice == "auto" and here and not served:
             return Opened(shm.open_link(place, deadline, timeout_s))
-        if choice == "auto" and not here and place.endpoint.verbs and (device or local_device()):
+        if choice == "auto" and not here and place.endpoint.verbs and (device or read_kernel()):
             return _open_verbs(place, device, deadline, timeout_s)
     except (FabricUnavailable, DeadlineExceeded) as error:
         reason = str(error)
@@ -85,7 +86,7 @@ def open_link(
         return Opened(tcp.open_link(place, deadline, timeout_s))
     opened = Opened(tcp.open_link(place, deadline, timeout_s), fallback=reason)
     where = "is on this node, but" if here else "could be reached over verbs, but"
-    log.warning("lease %s %s is used over tcp, which is slower: %s", place.lease.hex()[:8], where, reason)
+    log.warning("lease %s %s is used over tcp, which is slower: %s", short(place.lease), where, reason)
     return opened
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from memfaas import auth, messages, rpc
 from memfaas.errors import DeadlineExceeded, FabricUnavailable, MemfaasError, ProtocolError, from_code
+from memfaas.messages import short
 
 if TYPE_CHECKING:
     import socket
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @contextmanager
 def mapped_errors(place: Place, fabric: str, where: str) -> Iterator[None]:
     """Turns the system's errors into ours."""
-    what = f"{fabric} to lease {place.lease.hex()[:8]} on donor {place.donor} ({where})"
+    what = f"{fabric} to lease {short(place.lease)} on donor {place.donor} ({where})"
     try:
         yield
     except MemfaasError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from memfaas._native import ShmLink
 from memfaas.errors import FabricUnavailable
 from memfaas.fabric.handshake import mapped_errors, present_ticket, time_left
+from memfaas.messages import short
 
 if TYPE_CHECKING:
     from memfaas.messages import Place
@@ -68,7 +69,7 @@ def open_link(place: Place, deadline: float, timeout_s: float) -> ShmLink:
             welcome = present_ticket(sock, place, "shm", deadline)
             if len(sock.received) != _DESCRIPTORS:
                 raise FabricUnavailable(
-                    f"shm to lease {place.lease.hex()[:8]}: the function passed {len(sock.received)} descriptors, "
+                    f"shm to lease {short(place.lease)}: the function passed {len(sock.received)} descriptors, "
                     f"not {_DESCRIPTORS}; perhaps this process has too many files open"
                 )
             data, control = sock.received

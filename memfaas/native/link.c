@@ -36,7 +36,7 @@ static void give(struct mf_link *link, struct mf_stream *stream) {
 
 /* What to do about a verbs stream on which something failed: it is not used again. */
 static int mind(struct mf_stream *stream, int status) {
-    if (status == MF_BROKEN || status == MF_TIMEOUT || status == MF_NEED_CONNECTION)
+    if (status == MF_BROKEN || status == MF_TIMEOUT || status == MF_NEED_CONNECTION || mf_queue_of(stream)->broken)
         stream->error = -1;
     return status;
 }

@@ -102,20 +102,32 @@ static bool serve_get(struct mf_memory *memory, struct mf_stream *stream, const 
     return good;
 }
 
+/* `server->mutex` is held. */
+static void let_go_of_writer(struct connection *connection) {
+    if (connection->writer)
+        connection->server->writers[connection->writer - connection->server->memory->control->writers] = false;
+    connection->writer = NULL;
+}
+
 struct mf_writer *mf_writer_of(struct connection *connection, uint64_t id) {
     struct mf_server *server = connection->server;
-    if (connection->writer && connection->writer_id == id)
-        return connection->writer;
+    struct mf_writer *writer = connection->writer;
+    if (writer && connection->writer_id == id)
+        return writer;
     pthread_mutex_lock(&server->mutex);
-    struct mf_writer *first = server->memory->control->writers;
-    if (connection->writer)
-        server->writers[connection->writer - first] = false;
-    connection->writer = mf_writer_open(server->memory, id, server->writers);
-    connection->writer_id = id;
-    if (connection->writer)
-        server->writers[connection->writer - first] = true;
+    writer = connection->writer;
+    if (writer && connection->end) {
+        if (connection->writer_id != id)
+            writer = NULL; /* its other thread may be at work with that one */
+    } else {
+        let_go_of_writer(connection);
+        connection->writer_id = id;
+        if ((writer = mf_writer_open(server->memory, id, server->writers)))
+            server->writers[writer - server->memory->control->writers] = true;
+        connection->writer = writer;
+    }
     pthread_mutex_unlock(&server->mutex);
-    return connection->writer;
+    return writer;
 }
 
 /* Without the tag that is expected. */
@@ -426,8 +438,7 @@ static void *run(void *argument) {
     *connection->link = connection->next;
     if (connection->next)
         connection->next->link = connection->link;
-    if (connection->writer)
-        server->writers[connection->writer - server->memory->control->writers] = false;
+    let_go_of_writer(connection);
     close(connection->stream.fd);
     server->count--;
     pthread_cond_broadcast(&server->ended);
@@ -486,6 +497,9 @@ int mf_server_serve(struct mf_server *server, int fd, struct mf_end *end) {
     if (error) {
         if (end)
             mf_end_free(end);
+        pthread_mutex_lock(&server->mutex);
+        let_go_of_writer(connection); /* of a message that came already */
+        pthread_mutex_unlock(&server->mutex);
         free(connection);
     }
     return error;

@@ -5,7 +5,7 @@
  * change a store it writes into what the function has lent it, its landing area and reserved spans, and sends a
  * request behind it, which one thread of the function executes.
  *
- * The memory is registered in chunks, when first used, each with a key of its own; all that a function registers
+ * The memory is registered in chunks, ahead or when first used, each with a key of its own (verbs_chunks.c); all that a function registers
  * is in one protection domain, so its clients reach its own lease and their landing areas, and nothing else. */
 #ifndef MEMFAAS_VERBS_H
 #define MEMFAAS_VERBS_H
@@ -51,6 +51,7 @@ struct mf_verbs_api {
     struct ibv_qp *(*create_qp)(struct ibv_pd *, struct ibv_qp_init_attr *);
     int (*modify_qp)(struct ibv_qp *, struct ibv_qp_attr *, int);
     int (*destroy_qp)(struct ibv_qp *);
+    bool fork_safe; /* what is registered stays the parent's when a process forks */
 };
 extern struct mf_verbs_api mf_verbs; /* filled once a device was opened */
 
@@ -119,6 +120,8 @@ struct mf_remote { /* what a verbs link knows of the memory at its other end */
     _Atomic uint64_t *keys;    /* by chunk: 1 << 32 | key; 0: not known */
     _Atomic uint64_t *places;  /* slots by hash, as they were last seen */
     _Atomic uint32_t atomics;  /* enum mf_atomics, as the function said */
+    _Atomic uint64_t refused;  /* times that the device did not take memory of the caller's */
+    _Atomic int refusal;       /* why, the last time */
 };
 #define MF_PLACES (1u << 15)
 
@@ -133,6 +136,12 @@ struct mf_list {
     struct ibv_send_wr work[MF_LIST];
     struct ibv_sge piece[MF_LIST];
     unsigned count;
+};
+
+struct mf_loan { /* of the caller's memory, to the device */
+    struct ibv_mr *mr;
+    uintptr_t from, to;
+    uint64_t until; /* the last work that uses it */
 };
 
 struct mf_queue { /* of one connection, used for one operation at a time */
@@ -150,6 +159,10 @@ struct mf_queue { /* of one connection, used for one operation at a time */
     uint16_t order[MF_SLOTS]; /* slots with replies, in their order */
     uint16_t length[MF_SLOTS];
     bool armed;
+    bool broken;    /* not to be used again */
+    uint32_t usual; /* ns that one waits for the device */
+    struct mf_loan loans[2];
+    uint64_t lent; /* loans so far */
     struct mf_list batch; /* of changes that are not posted yet */
     uint64_t batch_bytes; /* of the landing area, by those that have no reply yet */
 };
@@ -163,6 +176,7 @@ void mf_queue_free(struct mf_queue *queue);
 
 /* All below give MF_OK, MF_TIMEOUT, MF_BROKEN, or what the function answered. After an error the connection is not to
  * be used again. */
+static inline void mf_list_begin(struct mf_list *list) { list->count = 0; } /* the rest need not be zero */
 void mf_list_read(struct mf_list *list, struct mf_queue *queue, uint8_t *into, size_t length, uint64_t from,
                   uint32_t key);
 void mf_list_write(struct mf_list *list, struct mf_queue *queue, const uint8_t *from, size_t length, uint64_t to,
@@ -174,6 +188,26 @@ int mf_queue_wait(struct mf_queue *queue, int fd, uint64_t done, uint64_t replie
 /* The next reply; `room` bytes of what follows it go into `rest`. */
 int mf_queue_reply(struct mf_queue *queue, int fd, struct mf_reply *reply, void *rest, size_t room, int64_t deadline);
 int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, uint64_t offset, uint32_t *key);
+
+/* verbs_flow.c */
+#define MF_LEND (256u << 10)     /* bytes for which it takes less to register the caller's memory than to copy them */
+#define MF_LEND_MOST (4u << 20)  /* bytes at once: the next ones are registered while these are under way */
+struct mf_flow {
+    struct mf_queue *queue;
+    struct mf_stream *stream;
+    int64_t deadline;
+    uint8_t *data; /* of the caller */
+    uint64_t length;
+    uint64_t unit; /* bytes; MF_BULK is a multiple of it */
+    bool reads;    /* `data` is what is written to */
+    /* Adds the work for some bytes of data. They are `here`: in data itself, or in the queue's buffer. */
+    int (*begin)(struct mf_flow *flow, struct mf_list *list, uint64_t from, uint64_t count, uint8_t *here);
+    /* They have come, or are gone. False: once more, and not out of data itself. */
+    bool (*finish)(struct mf_flow *flow, uint64_t from, uint64_t count, const uint8_t *here);
+};
+_Static_assert(MF_LEND_MOST >= MF_BULK, "a loan covers all that is under way");
+int mf_flow_run(struct mf_flow *flow);
+uint32_t mf_key_here(struct mf_queue *queue, const uint8_t *at);
 
 /* verbs_get.c, verbs_put.c, verbs_region.c */
 int mf_verbs_get(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t space, const void *key,
@@ -206,6 +240,11 @@ int mf_end_claim(struct mf_end *end);
 void mf_verbs_close(struct mf_server *server, const char *why);
 void mf_verbs_reopen(struct mf_server *server);
 int mf_verbs_connections(struct mf_server *server);
+/* Registers the chunks that no client has asked for yet, one with each call, while there are clients and it is open.
+ * True: nobody does so yet, so the caller is to, until the other one is not MF_OK: MF_ABSENT, it is done; MF_BROKEN,
+ * `why` says which limit does not let it. */
+bool mf_verbs_ahead_begin(struct mf_server *server);
+int mf_verbs_ahead(struct mf_server *server, char *why);
 void mf_verbs_free(struct mf_server *server);
 
 #endif

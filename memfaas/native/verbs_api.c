@@ -62,6 +62,11 @@ static bool load(char *why) {
         }
         memcpy((char *)&mf_verbs + symbols[i].at, &symbol, sizeof symbol);
     }
+    /* Of older libraries nobody knows. */
+    enum ibv_fork_status (*fork_status)(void) = NULL;
+    void *symbol = dlsym(library, "ibv_is_fork_initialized");
+    memcpy(&fork_status, &symbol, sizeof symbol);
+    mf_verbs.fork_safe = fork_status && fork_status() == IBV_FORK_UNNEEDED;
     return loaded = true;
 }
 

@@ -10,7 +10,9 @@
 #include "verbs.h"
 
 #define RECEIVED (1ull << 63) /* in wr_id: a message, in the slot of this number */
-#define SPIN_NS 20000         /* before the thread sleeps; to wake it takes about as long */
+#define LOOKS 16              /* at the queue, for each one at the clock, which takes as long as several */
+#define SPIN_NS 20000         /* before the thread sleeps, at least; to wake it takes about as long */
+#define SPIN_MOST_NS 1000000
 
 struct mf_remote *mf_remote_new(const char *name, char *why) {
     struct mf_device *device = mf_device_open(name, why);
@@ -120,7 +122,7 @@ void mf_queue_free(struct mf_queue *queue) {
 
 static struct ibv_send_wr *add(struct mf_list *list, struct mf_queue *queue, const uint8_t *at, size_t length) {
     unsigned i = list->count++;
-    list->piece[i] = (struct ibv_sge){(uintptr_t)at, (uint32_t)length, queue->mr->lkey};
+    list->piece[i] = (struct ibv_sge){(uintptr_t)at, (uint32_t)length, mf_key_here(queue, at)};
     list->work[i] = (struct ibv_send_wr){.sg_list = &list->piece[i], .num_sge = 1};
     if (i)
         list->work[i - 1].next = &list->work[i];
@@ -209,28 +211,41 @@ static int sleep_until(struct mf_queue *queue, int fd, int64_t left) {
     return watched[1].revents ? MF_BROKEN : MF_OK; /* it says nothing unasked */
 }
 
+/* For how long a thread looks before it sleeps: for as long as it takes most times, while that is worth it. */
+static int64_t patience_of(const struct mf_queue *queue) {
+    int64_t twice = 2 * (int64_t)queue->usual;
+    return twice > SPIN_NS && twice <= SPIN_MOST_NS ? twice : SPIN_NS;
+}
+
 /* Until all work up to `done` is done, and there were so many replies. */
 int mf_queue_wait(struct mf_queue *queue, int fd, uint64_t done, uint64_t replies, int64_t deadline) {
-    int64_t awake = 0;
-    while (queue->done < done || queue->replies < replies) {
+    int64_t begun = 0, now = 0, awake = 0;
+    for (unsigned turn = 0; queue->done < done || queue->replies < replies;) {
         int count = look(queue), status;
         if (count < 0)
             return MF_BROKEN;
-        if (count)
+        if (count || turn++ % LOOKS)
             continue;
-        int64_t now = mf_now();
+        now = mf_now();
         if (now >= deadline)
             return MF_TIMEOUT;
-        if (!awake)
-            awake = now + SPIN_NS;
+        if (!begun) {
+            begun = now;
+            awake = now + patience_of(queue);
+        }
         if (now < awake)
             continue;
+        turn = 0;
         if (!queue->armed) {
             if (ibv_req_notify_cq(queue->pair.cq, 0))
                 return MF_BROKEN;
             queue->armed = true; /* and now look once more: what came before makes no event */
         } else if ((status = sleep_until(queue, fd, deadline - now)) != MF_OK)
             return status;
+    }
+    if (begun) {
+        int64_t took = now - begun < SPIN_MOST_NS ? now - begun : SPIN_MOST_NS, usual = queue->usual;
+        queue->usual = (uint32_t)(usual + (took - usual) / 8);
     }
     return MF_OK;
 }
@@ -255,7 +270,8 @@ int mf_queue_reply(struct mf_queue *queue, int fd, struct mf_reply *reply, void 
 int mf_queue_test(struct mf_queue *queue, int fd, int64_t deadline) {
     struct mf_remote *remote = queue->remote;
     const struct mf_header *header = (const struct mf_header *)(queue->buffer + MF_BULK_AT);
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
+    mf_list_begin(&list);
     mf_list_read(&list, queue, queue->buffer + MF_BULK_AT, sizeof *header, remote->data,
                  (uint32_t)atomic_load(&remote->keys[0]));
     int status = mf_list_post(&list, queue, true);

@@ -12,7 +12,7 @@
 #include "verbs.h"
 
 #define TRIES 4
-#define HALF (MF_BULK / 2)
+#define UNIT (2 * MF_SEGMENT)
 
 static _Atomic uint64_t *place_of(struct mf_remote *remote, uint64_t hash) {
     return &remote->places[(hash >> 16) % MF_PLACES];
@@ -21,11 +21,12 @@ static _Atomic uint64_t *place_of(struct mf_remote *remote, uint64_t hash) {
 /* One READ, and the wait for it. */
 static int fetch(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t offset, size_t length,
                  uint8_t *into) {
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
     uint32_t key;
     int status = mf_queue_key(queue, stream, offset, &key);
     if (status != MF_OK)
         return status;
+    mf_list_begin(&list);
     mf_list_read(&list, queue, into, length, queue->remote->data + offset, key);
     status = mf_list_post(&list, queue, true);
     return status == MF_OK ? mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline) : status;
@@ -103,55 +104,60 @@ int mf_verbs_get(struct mf_queue *queue, struct mf_stream *stream, int64_t deadl
     return status;
 }
 
-/* READs for the bytes [from, to) of a value that lies in pieces. */
-static int ask_for(struct mf_queue *queue, struct mf_stream *stream, struct mf_op *found, uint64_t from, uint64_t to,
-                   uint8_t *into) {
-    struct mf_list list = {.count = 0};
-    uint64_t start = 0;
+struct taking {
+    struct mf_flow flow;
+    const struct mf_op *found;
+    bool good;
+};
+
+/* READs for some bytes of a value that lies in pieces. */
+static int ask_for(struct mf_flow *flow, struct mf_list *list, uint64_t from, uint64_t count, uint8_t *here) {
+    const struct mf_op *found = ((struct taking *)flow)->found;
+    struct mf_queue *queue = flow->queue;
+    uint64_t start = 0, to = from + count;
     for (uint32_t i = 0; i < found->pieces && start < to; start += found->piece[i++].iov_len) {
         uint64_t end = start + found->piece[i].iov_len, low = from > start ? from : start, high = to < end ? to : end;
         if (low >= high)
             continue;
         uint64_t offset = (uintptr_t)found->piece[i].iov_base + (low - start);
         uint32_t key;
-        int status = mf_queue_key(queue, stream, offset, &key);
+        int status = mf_queue_key(queue, flow->stream, offset, &key);
         if (status != MF_OK)
             return status;
         if (offset / MF_CHUNK != (offset + (high - low) - 1) / MF_CHUNK)
             return MF_CHANGED;
-        mf_list_read(&list, queue, into + (low - from), high - low, queue->remote->data + offset, key);
+        mf_list_read(list, queue, here + (low - from), high - low, queue->remote->data + offset, key);
     }
-    return mf_list_post(&list, queue, true);
+    return MF_OK;
 }
 
-/* One half of the buffer is read while the other one is copied out and checked. */
-static int take_pieces(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_op *found,
-                       uint8_t *into) {
-    uint8_t *halves = queue->buffer + MF_BULK_AT;
-    uint64_t length = found->value_len, ready[2] = {0, 0};
-    uint32_t segment = 0;
-    bool good = true;
-    int status = MF_OK;
-    for (uint64_t from = 0; from < length + HALF; from += HALF) {
-        unsigned half = from / HALF % 2;
-        if (from < length) {
-            uint64_t to = from + HALF < length ? from + HALF : length;
-            if ((status = ask_for(queue, stream, found, from, to, halves + half * HALF)) != MF_OK)
-                return status;
-            ready[half] = queue->posted;
-        }
-        if (from == 0)
-            continue;
-        uint64_t before = from - HALF, end = from < length ? from : length;
-        if ((status = mf_queue_wait(queue, stream->fd, ready[half ^ 1], 0, deadline)) != MF_OK)
-            return status;
-        for (uint64_t at = before; at < end; at += MF_SEGMENT) {
-            size_t count = end - at < MF_SEGMENT ? end - at : MF_SEGMENT;
-            const uint8_t *here = halves + (half ^ 1) * HALF + (at - before);
-            good = mf_hash_copy(into + at, here, count, false) == found->sums[segment++] && good;
-        }
+static bool check(struct mf_flow *flow, uint64_t from, uint64_t count, const uint8_t *here) {
+    struct taking *taking = (struct taking *)flow;
+    const uint64_t *sum = taking->found->sums + from / MF_SEGMENT;
+    uint8_t *into = flow->data + from;
+    for (uint64_t at = 0; at < count; at += MF_SEGMENT) {
+        size_t some = count - at < MF_SEGMENT ? count - at : MF_SEGMENT;
+        uint64_t is = here == into ? mf_hash(into + at, some, 0) : mf_hash_copy(into + at, here + at, some, false);
+        taking->good = is == *sum++ && taking->good;
     }
-    return good ? MF_OK : MF_CHANGED;
+    return true;
+}
+
+static int take_pieces(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, const struct mf_op *found,
+                       uint8_t *into) {
+    struct taking taking = {.flow = {.queue = queue,
+                                     .stream = stream,
+                                     .deadline = deadline,
+                                     .data = into,
+                                     .length = found->value_len,
+                                     .unit = UNIT,
+                                     .reads = true,
+                                     .begin = ask_for,
+                                     .finish = check},
+                            .found = found,
+                            .good = true};
+    int status = mf_flow_run(&taking.flow);
+    return status == MF_OK && !taking.good ? MF_CHANGED : status;
 }
 
 int mf_verbs_take(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_op *found, void *into,
@@ -179,10 +185,11 @@ int mf_verbs_get_many(struct mf_queue *queue, struct mf_stream *stream, int64_t 
                       unsigned count) {
     struct mf_remote *remote = queue->remote;
     const struct mf_header *at = &remote->memory.at;
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
     uint64_t room = MF_BULK_AT;
     uint32_t key;
     int status = at->kind == MF_SHARD && count <= MF_WANTED_MOST ? MF_OK : MF_BAD;
+    mf_list_begin(&list);
     for (unsigned i = 0; i < count && status == MF_OK; i++) {
         struct mf_wanted *one = &wanted[i];
         one->status = MF_CHANGED;

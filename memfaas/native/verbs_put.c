@@ -4,6 +4,9 @@
 
 #include "verbs.h"
 
+#define UNIT (2 * MF_SEGMENT)
+_Static_assert(MF_SPAN % UNIT == 0, "no unit lies in two spans");
+
 /* The function's answer, with the manifest that was replaced. */
 static int finish(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_replaced *replaced) {
     struct mf_reply reply;
@@ -37,9 +40,10 @@ static uint64_t add_small(struct mf_list *list, struct mf_queue *queue, struct m
 }
 
 static int send_small(struct mf_queue *queue, struct mf_request *request, const struct mf_putting *put) {
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
     struct iovec payload[3] = {{(void *)put->key, put->key_len}, {(void *)put->meta, put->meta_len},
                                {(void *)put->value, put->value_len}};
+    mf_list_begin(&list);
     if (request->verb == MF_PUT)
         request->c = mf_value_sum(put->meta, put->meta_len, put->value, put->value_len);
     add_small(&list, queue, request, payload, request->verb == MF_PUT ? 3 : 1);
@@ -65,37 +69,66 @@ int mf_verbs_put_reply(struct mf_queue *queue, struct mf_stream *stream, int64_t
     return status == MF_OK ? finish(queue, stream, deadline, replaced) : status;
 }
 
-/* Whole spans go where they will lie; each is hashed while it is copied into a buffer that the device knows. */
-static int write_spans(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, const uint8_t *value,
-                       const uint64_t *offsets, uint64_t spans, uint64_t *sums) {
-    const unsigned buffers = MF_BULK / MF_SPAN;
-    uint64_t posted[MF_BULK / MF_SPAN] = {0};
-    struct mf_list list = {.count = 0};
-    for (uint64_t i = 0; i < spans; i++, value += MF_SPAN) {
-        uint8_t *buffer = queue->buffer + MF_BULK_AT + i % buffers * MF_SPAN;
-        uint32_t key;
-        int status = mf_queue_key(queue, stream, offsets[i], &key);
-        if (status == MF_OK)
-            status = mf_queue_wait(queue, stream->fd, posted[i % buffers], 0, deadline);
-        if (status != MF_OK)
-            return status;
-        for (size_t at = 0; at < MF_SPAN; at += MF_SEGMENT)
-            *sums++ = mf_hash_copy(buffer + at, value + at, MF_SEGMENT, false);
-        mf_list_write(&list, queue, buffer, MF_SPAN, queue->remote->data + offsets[i], key);
-        if ((status = mf_list_post(&list, queue, true)) != MF_OK)
-            return status;
-        posted[i % buffers] = queue->posted;
-    }
-    return mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline); /* the buffers are used again */
+struct writing {
+    struct mf_flow flow;
+    const uint64_t *offsets; /* of the spans */
+    uint64_t *sums;
+    bool constant;
+};
+
+/* Whole spans go where they will lie. Their sums are taken before the device reads them. */
+static int write_unit(struct mf_flow *flow, struct mf_list *list, uint64_t from, uint64_t count, uint8_t *here) {
+    struct writing *writing = (struct writing *)flow;
+    struct mf_queue *queue = flow->queue;
+    uint64_t offset = writing->offsets[from / MF_SPAN] + from % MF_SPAN, *sum = writing->sums + from / MF_SEGMENT;
+    const uint8_t *value = flow->data + from;
+    uint32_t key;
+    int status = mf_queue_key(queue, flow->stream, offset, &key);
+    for (uint64_t at = 0; status == MF_OK && at < count; at += MF_SEGMENT)
+        *sum++ = here == value ? mf_hash(value + at, MF_SEGMENT, 0)
+                               : mf_hash_copy(here + at, value + at, MF_SEGMENT, false);
+    if (status == MF_OK)
+        mf_list_write(list, queue, here, count, queue->remote->data + offset, key);
+    return status;
+}
+
+/* Another thread may have changed the caller's buffer while the device read it. Then nobody knows what was written, and
+ * it goes once more, as a copy that nobody changes: it has bytes of both times, as over the other fabrics. */
+static bool is_as_before(struct mf_flow *flow, uint64_t from, uint64_t count, const uint8_t *here) {
+    const struct writing *writing = (const struct writing *)flow;
+    const uint64_t *sum = writing->sums + from / MF_SEGMENT;
+    bool same = true;
+    if (writing->constant || here != flow->data + from)
+        return true;
+    for (uint64_t at = 0; same && at < count; at += MF_SEGMENT)
+        same = mf_hash(here + at, MF_SEGMENT, 0) == *sum++;
+    return same;
+}
+
+static int write_spans(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline,
+                       const struct mf_putting *put, const uint64_t *offsets, uint64_t *sums) {
+    struct writing writing = {.flow = {.queue = queue,
+                                       .stream = stream,
+                                       .deadline = deadline,
+                                       .data = (uint8_t *)put->value,
+                                       .length = put->value_len / MF_SPAN * MF_SPAN,
+                                       .unit = UNIT,
+                                       .begin = write_unit,
+                                       .finish = is_as_before},
+                              .offsets = offsets,
+                              .sums = sums,
+                              .constant = put->constant};
+    return mf_flow_run(&writing.flow);
 }
 
 static int send_large(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, struct mf_request *request,
                       const struct mf_putting *put) {
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
     struct mf_request reserve = *request;
     struct mf_reply reply;
     uint64_t offsets[MF_MAX_PART / MF_SPAN], spans = put->value_len / MF_SPAN, sums[MF_MAX_SEGMENTS];
     reserve.verb = MF_RESERVE;
+    mf_list_begin(&list);
     mf_list_message(&list, queue, &reserve, NULL, 0);
     int status = mf_list_post(&list, queue, false);
     if (status == MF_OK)
@@ -107,7 +140,7 @@ static int send_large(struct mf_queue *queue, struct mf_stream *stream, int64_t 
     for (uint64_t i = 0; i < spans; i++)
         if (offsets[i] % MF_SPAN || offsets[i] > queue->remote->memory.at.data_bytes - MF_SPAN)
             return MF_BROKEN;
-    status = write_spans(queue, stream, deadline, put->value, offsets, spans, sums);
+    status = write_spans(queue, stream, deadline, put, offsets, sums);
     if (status != MF_OK)
         return status;
     uint64_t segments = mf_segments_of(put->value_len), tail = put->value_len % MF_SPAN, done = spans * MF_SPAN;
@@ -138,6 +171,7 @@ int mf_verbs_change(struct mf_queue *queue, struct mf_stream *stream, int64_t de
         return MF_TOO_LARGE;
     bool small = request->verb != MF_PUT ||
                  (uint64_t)request->key_len + request->meta_len + request->value_len <= MF_LANDING;
-    int status = small ? send_small(queue, request, put) : send_large(queue, stream, deadline, request, put);
+    struct mf_request ours = *request; /* the caller's may still have to go over the stream */
+    int status = small ? send_small(queue, &ours, put) : send_large(queue, stream, deadline, &ours, put);
     return status == MF_OK ? finish(queue, stream, deadline, &put->replaced) : status;
 }

@@ -3,55 +3,56 @@
 
 #include "verbs.h"
 
-#define HALF (MF_BULK / 2)
+#define UNIT (64u << 10)        /* of what is copied while the next one is under way */
+#define LARGE_UNIT (256u << 10) /* of what is not */
 
-static uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+struct moving {
+    struct mf_flow flow;
+    uint64_t offset;
+};
 
 /* A READ or WRITE for each chunk that the bytes lie in. */
-static int transfer(struct mf_queue *queue, struct mf_stream *stream, uint8_t verb, uint64_t offset, uint8_t *here,
-                    uint64_t length) {
-    struct mf_list list = {.count = 0};
-    while (length) {
-        uint64_t some = least(length, MF_CHUNK - offset % MF_CHUNK), there = queue->remote->data + offset;
+static int begin(struct mf_flow *flow, struct mf_list *list, uint64_t from, uint64_t count, uint8_t *here) {
+    struct mf_queue *queue = flow->queue;
+    uint64_t offset = ((struct moving *)flow)->offset + from;
+    if (!flow->reads && here != flow->data + from)
+        memcpy(here, flow->data + from, count);
+    while (count) {
+        uint64_t left = MF_CHUNK - offset % MF_CHUNK, some = count < left ? count : left;
         uint32_t key;
-        int status = mf_queue_key(queue, stream, offset, &key);
+        int status = mf_queue_key(queue, flow->stream, offset, &key);
         if (status != MF_OK)
             return status;
-        if (verb == MF_READ)
-            mf_list_read(&list, queue, here, some, there, key);
+        if (flow->reads)
+            mf_list_read(list, queue, here, some, queue->remote->data + offset, key);
         else
-            mf_list_write(&list, queue, here, some, there, key);
+            mf_list_write(list, queue, here, some, queue->remote->data + offset, key);
         offset += some;
         here += some;
-        length -= some;
+        count -= some;
     }
-    return mf_list_post(&list, queue, true);
+    return MF_OK;
 }
 
-/* One half of the buffer is under way while the other one is copied. */
+static bool finish(struct mf_flow *flow, uint64_t from, uint64_t count, const uint8_t *here) {
+    if (flow->reads && here != flow->data + from)
+        memcpy(flow->data + from, here, count);
+    return true;
+}
+
 static int move(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t verb, uint64_t offset,
                 uint8_t *data, uint64_t length) {
-    uint8_t *halves = queue->buffer + MF_BULK_AT;
-    uint64_t ready[2] = {queue->done, queue->done};
-    int status = MF_OK;
-    for (uint64_t from = 0; status == MF_OK && from < length + HALF; from += HALF) {
-        unsigned half = from / HALF % 2;
-        if (from < length) {
-            uint64_t count = least(HALF, length - from);
-            status = mf_queue_wait(queue, stream->fd, ready[half], 0, deadline);
-            if (status == MF_OK && verb == MF_WRITE)
-                memcpy(halves + half * HALF, data + from, count);
-            if (status == MF_OK)
-                status = transfer(queue, stream, verb, offset + from, halves + half * HALF, count);
-            ready[half] = queue->posted;
-        }
-        if (status != MF_OK || from == 0 || verb == MF_WRITE)
-            continue;
-        status = mf_queue_wait(queue, stream->fd, ready[half ^ 1], 0, deadline);
-        if (status == MF_OK)
-            memcpy(data + (from - HALF), halves + (half ^ 1) * HALF, least(HALF, length - (from - HALF)));
-    }
-    return status == MF_OK ? mf_queue_wait(queue, stream->fd, queue->posted, 0, deadline) : status;
+    struct moving moving = {.flow = {.queue = queue,
+                                     .stream = stream,
+                                     .deadline = deadline,
+                                     .data = data,
+                                     .length = length,
+                                     .unit = length < MF_LEND ? UNIT : LARGE_UNIT,
+                                     .reads = verb == MF_READ,
+                                     .begin = begin,
+                                     .finish = finish},
+                            .offset = offset};
+    return mf_flow_run(&moving.flow);
 }
 
 /* MF_NOT_HERE: they are the CPUs', so the function has to do it. */
@@ -74,7 +75,7 @@ static int claim(struct mf_queue *queue, struct mf_stream *stream) {
 
 static int change_word(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t verb,
                        uint64_t offset, uint64_t b, uint64_t c, uint64_t *before) {
-    struct mf_list list = {.count = 0};
+    struct mf_list list;
     uint8_t *into = queue->buffer + MF_GROUPS_AT;
     uint32_t key;
     int status = claim(queue, stream);
@@ -82,6 +83,7 @@ static int change_word(struct mf_queue *queue, struct mf_stream *stream, int64_t
         status = MF_NEED_CONNECTION;
     if (status != MF_OK)
         return status;
+    mf_list_begin(&list);
     mf_list_read(&list, queue, into, 8, 0, 0);
     struct ibv_send_wr *work = &list.work[0];
     work->opcode = verb == MF_SWAP ? IBV_WR_ATOMIC_CMP_AND_SWP : IBV_WR_ATOMIC_FETCH_AND_ADD;

@@ -1,8 +1,12 @@
-/* The function's side of the verbs fabric: what is registered, and the thread that executes changes.
+/* The function's side of the verbs fabric: its queue pairs, and the thread that executes changes.
  *
  * Each connection has a queue pair and an `mf_end`, which the connection's own thread frees when it ends, before
  * anybody is told that it ended. So what is known of a connection's changes (writers.c) is final then, and a
- * reservation is given up only when no write of its client can come any more. */
+ * reservation is given up only when no write of its client can come any more.
+ *
+ * One thread serves all queue pairs, so none may keep it: of each it takes a few messages at a time, it executes nothing
+ * that has to wait for long (the connection's own thread can: see or_wait), and between messages gives way to whoever
+ * comes in, leaves or closes. What clients write, and when, is theirs to choose: nothing is believed. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,16 +26,22 @@
 #define AREA (2 * MF_SLOTS * MF_SLOT)
 #define END_BYTES (AREA + MF_LANDING)
 #define LOOK_MS 1000 /* at reservations whose client may have stalled */
+#define ENDS 256u    /* at once: each pins END_BYTES of this process, which count as nobody's */
+#define AT_ONCE 8    /* messages of one queue pair, before another has its turn */
+#define SHORT_NS 2000000ll /* that an operation may wait here */
+#define GIVE_WAY_NS 5000000ll /* to those who come and go, who may never cease */
+#define LONG_NS 1000000000ll
 
 struct mf_end {
     struct mf_verbs_server *verbs;
-    struct mf_end *next, **link; /* NULL: it has no queue pair any more */
+    struct mf_end *next, **link; /* NULL: it has no queue pair any more, or not yet */
     struct connection *connection;
     struct mf_pair pair;
     uint8_t *buffer; /* messages received, messages to send, landing area */
     struct ibv_mr *messages, *landing;
     uint32_t replies;
     bool broken;
+    bool more; /* messages may have come that no event will tell of */
     bool reserved;
     int64_t stalled; /* when the reservation is given up */
     struct mf_op op; /* of the reservation */
@@ -40,57 +50,35 @@ struct mf_end {
 struct mf_verbs_server {
     struct mf_server *server;
     struct mf_memory *memory;
-    pthread_mutex_t registering; /* taken before `mutex`: it takes long */
-    pthread_mutex_t mutex;
+    struct mf_chunks chunks; /* whose turn is taken before `turns`, as it takes longer */
+    struct mf_turns turns;   /* for all below; the thread comes last */
     struct mf_device *device;
     struct ibv_pd *pd;
     struct ibv_comp_channel *channel;
     pthread_t thread;
     int wake; /* eventfd: the thread is to end */
     bool stopping;
-    char closed[MF_WHY]; /* why nobody may come in; empty: it is open */
+    char closed[MF_WHY]; /* why nobody may come in; empty: it is open. Written by who has the chunks' turn, too */
+    uint32_t closings;
     uint64_t generation;
-    uint64_t chunks;
-    struct ibv_mr **registered; /* by chunk */
     struct mf_end *all;
-    int count;
+    int count;  /* of those */
+    int places; /* taken, also by those who come and go */
+    enum { TO_DO, IN_WORK, DONE } ahead; /* to register what nobody has asked for yet */
 };
-
-/* --- what is registered ----------------------------------------------------------------------------------- */
-
-static int access_of(const struct mf_memory *memory) {
-    int access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE;
-    return memory->at.kind == MF_REGION ? access | IBV_ACCESS_REMOTE_ATOMIC : access;
-}
-
-/* The key of a chunk, which is registered now if it was not. `registering` is held. */
-static int register_chunk(struct mf_verbs_server *verbs, uint64_t chunk, uint64_t *key) {
-    struct mf_memory *memory = verbs->memory;
-    if (chunk >= verbs->chunks)
-        return EINVAL;
-    if (!verbs->registered[chunk]) {
-        uint64_t from = chunk * MF_CHUNK, to = from + MF_CHUNK;
-        if (to > memory->at.data_bytes)
-            to = memory->at.data_bytes;
-        /* From here on the pages are pinned: who cuts the memory off must end us, or they are not free. It revokes
-         * first, and looks then; we the other way round, so one of us sees the other. */
-        atomic_store(&memory->control->registered, 1);
-        if (atomic_load(&memory->control->state) == MF_STATE_REVOKED)
-            return EIDRM;
-        verbs->registered[chunk] = mf_verbs.reg_mr(verbs->pd, memory->data + from, to - from, access_of(memory));
-        if (!verbs->registered[chunk])
-            return errno;
-        /* What is written one-sided into a region, nobody notes. (Into a shard's spans: who commits it.) */
-        if (memory->at.kind == MF_REGION)
-            mf_note_written(memory, from, to - from);
-    }
-    *key = verbs->registered[chunk]->rkey;
-    return 0;
-}
 
 /* --- one connection --------------------------------------------------------------------------------------- */
 
 /* No write of the client can land after this. */
+static void disconnect(struct mf_end *end) {
+    mf_pair_free(&end->pair);
+    if (end->messages)
+        mf_verbs.dereg_mr(end->messages);
+    if (end->landing)
+        mf_verbs.dereg_mr(end->landing);
+    end->messages = end->landing = NULL;
+}
+
 static void silence(struct mf_end *end) {
     if (!end->link)
         return;
@@ -98,16 +86,12 @@ static void silence(struct mf_end *end) {
     if (end->next)
         end->next->link = end->link;
     end->link = NULL;
-    mf_pair_free(&end->pair);
+    disconnect(end);
     if (--end->verbs->count == 0 && mf_region_release(end->verbs->memory))
         end->verbs->generation++; /* a link that lives on without connections must claim them again */
     if (end->reserved)
         mf_put_abort(&end->op);
     end->reserved = false;
-    if (end->messages)
-        mf_verbs.dereg_mr(end->messages);
-    if (end->landing)
-        mf_verbs.dereg_mr(end->landing);
 }
 
 /* The connection's thread then ends, and frees the end. */
@@ -138,10 +122,16 @@ static bool send_reply(struct mf_end *end, struct mf_reply answer, const void *r
 }
 
 static void begin(struct mf_end *end, struct mf_op *op, const struct mf_request *request) {
-    mf_op_begin(op, end->verbs->memory, OPERATION_NS);
+    mf_op_begin(op, end->verbs->memory, SHORT_NS);
     op->space = request->space;
     op->number = (uint32_t)request->b;
     op->writer = mf_writer_of(end->connection, request->a);
+}
+
+/* What had to wait: a lock whose holder is stopped, say. The client then asks for it over the stream. */
+static int or_wait(const struct mf_op *op, int status) {
+    bool waited = status == MF_FULL && op->deadline && mf_now() >= op->deadline; /* for what somebody still sees */
+    return waited || status == MF_TIMEOUT ? MF_WAIT : status;
 }
 
 static bool answer_change(struct mf_end *end, int status, const struct mf_replaced *replaced) {
@@ -161,7 +151,7 @@ static bool serve_put(struct mf_end *end, const struct mf_request *request, cons
         status = mf_put(&op, key, request->key_len, meta, request->meta_len, value, request->value_len, request->flags,
                         &replaced);
     mf_op_end(&op);
-    return answer_change(end, status, &replaced);
+    return answer_change(end, or_wait(&op, status), &replaced);
 }
 
 static bool serve_delete(struct mf_end *end, const struct mf_request *request, const uint8_t *key) {
@@ -172,7 +162,7 @@ static bool serve_delete(struct mf_end *end, const struct mf_request *request, c
         return false;
     int status = mf_delete(&op, key, request->key_len, &replaced);
     mf_op_end(&op);
-    return answer_change(end, status, &replaced);
+    return answer_change(end, or_wait(&op, status), &replaced);
 }
 
 /* The whole spans of a large value, for the client to write into: see put_chunked of serve.c. */
@@ -180,8 +170,9 @@ static bool serve_reserve(struct mf_end *end, const struct mf_request *request) 
     uint64_t offsets[MF_MAX_PART / MF_SPAN];
     if (end->reserved) /* it has given that up, and its writes have come before this message */
         mf_put_abort(&end->op);
-    mf_op_begin(&end->op, end->verbs->memory, OPERATION_NS);
+    mf_op_begin(&end->op, end->verbs->memory, SHORT_NS);
     int status = mf_put_reserve_spans(&end->op, request->key_len, request->meta_len, request->value_len);
+    status = or_wait(&end->op, status);
     end->reserved = status == MF_OK;
     if (status != MF_OK) {
         mf_op_end(&end->op);
@@ -212,7 +203,7 @@ static bool serve_commit(struct mf_end *end, const struct mf_request *request, c
     op->writer = mf_writer_of(end->connection, request->a);
     op->number = (uint32_t)request->b;
     op->space = request->space;
-    op->deadline = 0; /* the peer's time is not ours */
+    op->deadline = 0; /* SHORT_NS from now */
     if (!op->writer)
         return false;
     end->reserved = false;
@@ -226,7 +217,7 @@ static bool serve_commit(struct mf_end *end, const struct mf_request *request, c
             mf_put_abort(op);
     }
     mf_op_end(op);
-    return answer_change(end, status, &replaced);
+    return answer_change(end, or_wait(op, status), &replaced);
 }
 
 /* False: what came is not a request, or must not be executed. */
@@ -239,6 +230,9 @@ static bool serve_message(struct mf_end *end, const uint8_t *message, uint32_t l
     uint64_t values = request.verb == MF_PUT ? request.value_len : request.verb == MF_COMMIT ? request.value_len % MF_SPAN : 0;
     if (request.key_len > MF_MAX_KEY || request.meta_len > MF_MAX_META || request.value_len > MF_MAX_PART ||
         request.space > 1 || ((request.a == 0 || request.b == 0) && request.verb != MF_RESERVE))
+        return false;
+    if ((request.verb == MF_RESERVE || request.verb == MF_COMMIT) &&
+        mf_is_inline(request.key_len, request.meta_len, request.value_len))
         return false;
     if (request.verb == MF_RESERVE)
         return serve_reserve(end, &request);
@@ -262,20 +256,26 @@ static bool serve_message(struct mf_end *end, const uint8_t *message, uint32_t l
     }
 }
 
-static void drain(struct mf_end *end) {
-    struct ibv_wc done[16];
-    int count = 0;
-    while (!end->broken && (count = ibv_poll_cq(end->pair.cq, 16, done)) > 0)
-        for (int i = 0; i < count && !end->broken; i++) {
-            bool good = done[i].status == IBV_WC_SUCCESS;
-            if (good && done[i].opcode & IBV_WC_RECV)
-                good = serve_message(end, end->buffer + done[i].wr_id * MF_SLOT, done[i].byte_len) &&
-                       post_receive(end, done[i].wr_id);
-            if (!good)
-                lose(end);
-        }
+/* A WRITE with a number has the code of a message too, but nothing of it is in the slot: its length says how
+ * much was written elsewhere. */
+static bool is_message(const struct ibv_wc *done) { return done->opcode == IBV_WC_RECV && done->byte_len <= MF_SLOT; }
+
+/* False: there was no more. */
+static bool drain(struct mf_end *end) {
+    struct ibv_wc done[AT_ONCE];
+    int count = end->broken ? 0 : ibv_poll_cq(end->pair.cq, AT_ONCE, done);
+    for (int i = 0; i < count && !end->broken; i++) {
+        bool good = done[i].status == IBV_WC_SUCCESS;
+        if (good && done[i].opcode & IBV_WC_RECV)
+            good = is_message(&done[i]) &&
+                   serve_message(end, end->buffer + done[i].wr_id * MF_SLOT, done[i].byte_len) &&
+                   post_receive(end, done[i].wr_id);
+        if (!good)
+            lose(end);
+    }
     if (count < 0)
         lose(end);
+    return count == AT_ONCE;
 }
 
 /* --- the thread -------------------------------------------------------------------------------------------- */
@@ -286,7 +286,24 @@ static bool look_at_reservations(struct mf_verbs_server *verbs) {
     for (struct mf_end *end = verbs->all; end; end = end->next) {
         if (end->reserved && now > end->stalled)
             lose(end);
-        any = any || end->reserved;
+        any = any || (end->reserved && !end->broken);
+    }
+    return any;
+}
+
+/* Something of a kind is done in each turn, and more if nobody waits for the turn to be over. */
+static bool goes_on(struct mf_verbs_server *verbs, unsigned *done) {
+    return (*done)++ == 0 || !atomic_load(&verbs->turns.wanted);
+}
+
+/* What the last turn has left over. */
+static bool drain_more(struct mf_verbs_server *verbs) {
+    bool any = false;
+    unsigned done = 0;
+    for (struct mf_end *end = verbs->all; end; end = end->next) {
+        if (end->more && goes_on(verbs, &done))
+            end->more = drain(end);
+        any = any || end->more;
     }
     return any;
 }
@@ -294,23 +311,29 @@ static bool look_at_reservations(struct mf_verbs_server *verbs) {
 static void *run(void *argument) {
     struct mf_verbs_server *verbs = argument;
     struct pollfd watched[2] = {{verbs->channel->fd, POLLIN, 0}, {verbs->wake, POLLIN, 0}};
-    bool reserved = false;
+    bool reserved = false, more = false;
     for (;;) {
-        poll(watched, 2, reserved ? LOOK_MS : -1);
-        pthread_mutex_lock(&verbs->mutex);
+        poll(watched, 2, more ? 0 : reserved ? LOOK_MS : -1);
+        mf_turns_enter_last(&verbs->turns, GIVE_WAY_NS);
         if (verbs->stopping)
             break;
         struct ibv_cq *cq;
-        void *end;
-        while (mf_verbs.get_cq_event(verbs->channel, &cq, &end) == 0) {
+        void *context;
+        unsigned done = 0;
+        more = more && drain_more(verbs);
+        while (done < ENDS && goes_on(verbs, &done)) {
+            if (mf_verbs.get_cq_event(verbs->channel, &cq, &context))
+                break;
+            struct mf_end *end = context;
             mf_verbs.ack_cq_events(cq, 1);
             ibv_req_notify_cq(cq, 0); /* before the look: what comes after it makes a new event */
-            drain(end);
+            end->more = drain(end);
+            more = more || end->more;
         }
         reserved = look_at_reservations(verbs);
-        pthread_mutex_unlock(&verbs->mutex);
+        mf_turns_leave_last(&verbs->turns);
     }
-    pthread_mutex_unlock(&verbs->mutex);
+    mf_turns_leave_last(&verbs->turns);
     return NULL;
 }
 
@@ -323,6 +346,25 @@ static int start_thread(struct mf_verbs_server *verbs) {
     return error;
 }
 
+/* --- closing ------------------------------------------------------------------------------------------------ */
+
+/* By who has the chunks' turn. */
+static void close_all(struct mf_verbs_server *verbs, const char *why) {
+    mf_turns_enter(&verbs->turns);
+    snprintf(verbs->closed, MF_WHY, "%s", why);
+    verbs->closings++;
+    if (verbs->ahead == DONE)
+        verbs->ahead = TO_DO;
+    verbs->generation++;
+    while (verbs->all) {
+        struct mf_end *end = verbs->all;
+        silence(end);
+        lose(end);
+    }
+    mf_turns_leave(&verbs->turns); /* of many chunks, what follows takes long */
+    mf_chunks_drop(&verbs->chunks);
+}
+
 /* --- opening ------------------------------------------------------------------------------------------------ */
 
 static struct mf_verbs_server *server_of(struct mf_server *server) {
@@ -331,16 +373,15 @@ static struct mf_verbs_server *server_of(struct mf_server *server) {
     if (!verbs && (verbs = calloc(1, sizeof *verbs))) {
         verbs->server = server;
         verbs->memory = server->memory;
-        verbs->chunks = (server->memory->at.data_bytes + MF_CHUNK - 1) / MF_CHUNK;
-        pthread_mutex_init(&verbs->mutex, NULL);
-        pthread_mutex_init(&verbs->registering, NULL);
+        mf_turns_make(&verbs->turns);
+        mf_chunks_make(&verbs->chunks, server->memory);
         server->verbs = verbs;
     }
     pthread_mutex_unlock(&server->mutex);
     return verbs;
 }
 
-/* With the first client; both mutexes are held. */
+/* With the first client; by who has both turns. */
 static int prepare(struct mf_verbs_server *verbs, const char *name, char *why) {
     struct mf_device *device = verbs->pd ? verbs->device : mf_device_open(name, why);
     if (verbs->pd || !device)
@@ -348,9 +389,9 @@ static int prepare(struct mf_verbs_server *verbs, const char *name, char *why) {
     int error = ENOMEM;
     verbs->device = device;
     verbs->wake = -1;
-    if (!verbs->registered)
-        verbs->registered = calloc(verbs->chunks, sizeof(struct ibv_mr *));
-    if (verbs->registered) {
+    if (!verbs->chunks.registered)
+        verbs->chunks.registered = calloc(verbs->chunks.count, sizeof(struct ibv_mr *));
+    if (verbs->chunks.registered) {
         verbs->pd = mf_verbs.alloc_pd(device->context);
         verbs->channel = verbs->pd ? mf_verbs.create_comp_channel(device->context) : NULL;
         verbs->wake = eventfd(0, EFD_CLOEXEC);
@@ -358,8 +399,11 @@ static int prepare(struct mf_verbs_server *verbs, const char *name, char *why) {
                     ? errno
                     : start_thread(verbs);
     }
-    if (!error)
+    if (!error) {
+        verbs->chunks.device = device;
+        verbs->chunks.pd = verbs->pd;
         return 0;
+    }
     snprintf(why, MF_WHY, "device %s cannot be used: %s", device->name, strerror(error));
     if (verbs->channel)
         mf_verbs.destroy_comp_channel(verbs->channel);
@@ -372,6 +416,7 @@ static int prepare(struct mf_verbs_server *verbs, const char *name, char *why) {
     return error;
 }
 
+/* Nobody waits for this: that an address cannot be reached shows only after a second. */
 static int connect_end(struct mf_end *end, const struct mf_address *peer) {
     struct mf_verbs_server *verbs = end->verbs;
     int error = mf_pair_make(&end->pair, verbs->device, verbs->pd, verbs->channel, end);
@@ -390,7 +435,7 @@ static int connect_end(struct mf_end *end, const struct mf_address *peer) {
     for (uint64_t slot = 0; slot < MF_SLOTS; slot++)
         if (!post_receive(end, slot))
             return EIO;
-    return ibv_req_notify_cq(end->pair.cq, 0);
+    return 0;
 }
 
 static void welcome_of(struct mf_end *end, uint64_t first_key, struct mf_welcome *welcome) {
@@ -405,135 +450,208 @@ static void welcome_of(struct mf_end *end, uint64_t first_key, struct mf_welcome
                                    .first_key = (uint32_t)first_key};
 }
 
+/* Takes a place, and makes sure that there is something to connect to. */
+static int admit(struct mf_verbs_server *verbs, const char *device, const struct mf_address *peer, uint32_t *closings,
+                 uint64_t *first_key, char *why) {
+    int error = 0;
+    mf_turns_enter(&verbs->chunks.turns);
+    mf_turns_enter(&verbs->turns);
+    uint32_t state = atomic_load(&verbs->memory->control->state);
+    if (verbs->closed[0]) {
+        memcpy(why, verbs->closed, MF_WHY);
+        error = EAGAIN;
+    } else if (state != MF_STATE_SERVING) { /* it may be served elsewhere, and a device does not look at this */
+        snprintf(why, MF_WHY, state == MF_STATE_FROZEN ? "the lease is moving" : "the lease is over");
+        error = EAGAIN;
+    } else if (!mf_address_good(peer)) {
+        snprintf(why, MF_WHY, "the client's address makes no sense");
+        error = EPROTO;
+    } else if (verbs->places >= (int)ENDS) {
+        snprintf(why, MF_WHY, "all its %u places are taken", ENDS);
+        error = EMFILE;
+    } else {
+        error = prepare(verbs, device, why);
+    }
+    verbs->places += !error;
+    *closings = verbs->closings;
+    bool admitted = !error;
+    mf_turns_leave(&verbs->turns); /* what follows takes long, and the chunks' turn keeps it open */
+    if (admitted && mf_punched(verbs->memory)) { /* to register that would bring its pages back */
+        snprintf(why, MF_WHY, "some of its memory was given back to the node");
+        error = EBUSY;
+    } else if (admitted && (error = mf_chunks_key(&verbs->chunks, 0, first_key)))
+        mf_chunks_explain(&verbs->chunks, error, why);
+    if (admitted && error) {
+        mf_turns_enter(&verbs->turns);
+        verbs->places--;
+        mf_turns_leave(&verbs->turns);
+    }
+    mf_turns_leave(&verbs->chunks.turns);
+    return error;
+}
+
+/* It is connected: from now on it is served, unless verbs was closed meanwhile. */
+static int enter(struct mf_end *end, uint32_t closings, char *why) {
+    struct mf_verbs_server *verbs = end->verbs;
+    if (verbs->closings != closings) {
+        snprintf(why, MF_WHY, "%s", verbs->closed[0] ? verbs->closed : "its memory was registered anew");
+        return EAGAIN;
+    }
+    end->next = verbs->all;
+    end->link = &verbs->all;
+    if (end->next)
+        end->next->link = &end->next;
+    verbs->all = end;
+    verbs->count++;
+    return ibv_req_notify_cq(end->pair.cq, 0);
+}
+
+static void free_end(struct mf_end *end) {
+    mf_buffer_free(end->buffer, END_BYTES);
+    free(end);
+}
+
 struct mf_end *mf_end_new(struct mf_server *server, const char *device, const struct mf_address *peer,
                           struct mf_welcome *welcome, char *why) {
     struct mf_verbs_server *verbs = server_of(server);
     struct mf_end *end = verbs ? calloc(1, sizeof *end) : NULL;
     uint64_t first_key = 0;
-    int error = end && (end->buffer = mf_buffer_make(END_BYTES)) ? 0 : ENOMEM;
+    uint32_t closings;
     why[0] = 0;
-    if (error) {
+    if (!end || !(end->buffer = mf_buffer_make(END_BYTES))) {
         free(end);
         snprintf(why, MF_WHY, "there is no memory for it");
         return NULL;
     }
     end->verbs = verbs;
-    pthread_mutex_lock(&verbs->registering);
-    pthread_mutex_lock(&verbs->mutex);
-    if (verbs->closed[0]) {
-        memcpy(why, verbs->closed, MF_WHY);
-        error = EAGAIN;
-    } else if (!mf_address_good(peer)) {
-        snprintf(why, MF_WHY, "the client's address makes no sense");
-        error = EPROTO;
-    } else if (mf_punched(verbs->memory)) { /* to register that would bring its pages back */
-        snprintf(why, MF_WHY, "some of its memory was given back to the node");
-        error = EBUSY;
-    } else {
-        error = prepare(verbs, device, why);
+    if (admit(verbs, device, peer, &closings, &first_key, why)) {
+        free_end(end);
+        return NULL;
     }
-    pthread_mutex_unlock(&verbs->mutex); /* what follows takes long, and `registering` keeps it open */
-    if (!error && (error = register_chunk(verbs, 0, &first_key)))
-        snprintf(why, MF_WHY, "its memory cannot be registered: %s", strerror(error));
-    pthread_mutex_lock(&verbs->mutex);
-    if (!error) {
-        end->next = verbs->all;
-        end->link = &verbs->all;
-        if (end->next)
-            end->next->link = &end->next;
-        verbs->all = end;
-        verbs->count++;
-        if ((error = connect_end(end, peer))) {
-            snprintf(why, MF_WHY, "device %s made no queue pair: %s", verbs->device->name, strerror(error));
-            silence(end);
-        } else
-            welcome_of(end, first_key, welcome);
-    }
-    pthread_mutex_unlock(&verbs->mutex);
-    pthread_mutex_unlock(&verbs->registering);
+    int error = connect_end(end, peer);
+    mf_turns_enter(&verbs->turns);
+    if (!error)
+        error = enter(end, closings, why);
+    if (!error)
+        welcome_of(end, first_key, welcome);
+    mf_turns_leave(&verbs->turns);
     if (!error)
         return end;
-    mf_buffer_free(end->buffer, END_BYTES);
-    free(end);
+    if (!why[0])
+        snprintf(why, MF_WHY, "device %s made no queue pair: %s", verbs->device->name, strerror(error));
+    mf_end_free(end);
     return NULL;
 }
 
 void mf_end_bind(struct mf_end *end, struct connection *connection) {
-    pthread_mutex_lock(&end->verbs->mutex);
+    mf_turns_enter(&end->verbs->turns);
     end->connection = connection;
     if (!end->link)
         lose(end); /* it was closed meanwhile */
-    pthread_mutex_unlock(&end->verbs->mutex);
+    mf_turns_leave(&end->verbs->turns);
 }
 
 void mf_end_free(struct mf_end *end) {
-    pthread_mutex_lock(&end->verbs->mutex);
+    struct mf_verbs_server *verbs = end->verbs;
+    mf_turns_enter(&verbs->turns);
     silence(end);
-    pthread_mutex_unlock(&end->verbs->mutex);
-    mf_buffer_free(end->buffer, END_BYTES);
-    free(end);
+    disconnect(end);
+    verbs->places--;
+    mf_turns_leave(&verbs->turns);
+    free_end(end);
 }
 
 int mf_end_key(struct mf_end *end, uint64_t chunk, uint64_t *key) {
     struct mf_verbs_server *verbs = end->verbs;
-    pthread_mutex_lock(&verbs->registering);
-    pthread_mutex_lock(&verbs->mutex);
+    char why[MF_WHY];
+    mf_turns_enter(&verbs->chunks.turns);
+    mf_turns_enter(&verbs->turns);
     bool closed = verbs->closed[0] || !end->link;
-    pthread_mutex_unlock(&verbs->mutex);
-    int error = closed ? EAGAIN : register_chunk(verbs, chunk, key);
-    pthread_mutex_unlock(&verbs->registering);
+    mf_turns_leave(&verbs->turns);
+    int error = closed ? EAGAIN : mf_chunks_key(&verbs->chunks, chunk, key);
+    if (error && error != EAGAIN && error != EINVAL && error != EIDRM) {
+        /* What cannot be had as a whole is not served: its clients come over tcp. */
+        mf_chunks_explain(&verbs->chunks, error, why);
+        close_all(verbs, why);
+    }
+    mf_turns_leave(&verbs->chunks.turns);
     return error == 0 ? MF_OK : error == EINVAL ? MF_BAD : MF_BROKEN;
 }
 
 /* CPUs and devices do not see each other's atomics, so a region has those of the side that asked first. */
 int mf_end_claim(struct mf_end *end) {
-    if (!end->verbs->device->atomics)
-        return MF_ABSENT;
-    return mf_region_claim(end->verbs->memory, MF_ATOMICS_DEVICE);
+    struct mf_verbs_server *verbs = end->verbs;
+    mf_turns_enter(&verbs->turns);
+    int status = verbs->memory->at.kind != MF_REGION ? MF_BAD
+                 : !end->link                        ? MF_BROKEN /* nobody would release them */
+                 : !verbs->device->atomics           ? MF_ABSENT
+                                                     : mf_region_claim(verbs->memory, MF_ATOMICS_DEVICE);
+    mf_turns_leave(&verbs->turns);
+    return status;
 }
-
-/* --- closing ------------------------------------------------------------------------------------------------ */
 
 void mf_verbs_close(struct mf_server *server, const char *why) {
     struct mf_verbs_server *verbs = server_of(server);
     if (!verbs)
         return; /* nobody can come in either */
-    pthread_mutex_lock(&verbs->registering);
-    pthread_mutex_lock(&verbs->mutex);
-    snprintf(verbs->closed, MF_WHY, "%s", why);
-    verbs->generation++;
-    while (verbs->all) {
-        struct mf_end *end = verbs->all;
-        silence(end);
-        lose(end);
-    }
-    for (uint64_t i = 0; verbs->registered && i < verbs->chunks; i++)
-        if (verbs->registered[i]) {
-            mf_verbs.dereg_mr(verbs->registered[i]);
-            verbs->registered[i] = NULL;
-        }
-    atomic_store(&verbs->memory->control->registered, 0);
-    pthread_mutex_unlock(&verbs->mutex);
-    pthread_mutex_unlock(&verbs->registering);
+    mf_turns_enter(&verbs->chunks.turns);
+    close_all(verbs, why);
+    mf_turns_leave(&verbs->chunks.turns);
 }
 
 void mf_verbs_reopen(struct mf_server *server) {
     struct mf_verbs_server *verbs = server_of(server);
     if (!verbs)
         return;
-    pthread_mutex_lock(&verbs->mutex);
+    mf_turns_enter(&verbs->turns);
     verbs->closed[0] = 0;
-    pthread_mutex_unlock(&verbs->mutex);
+    mf_turns_leave(&verbs->turns);
 }
 
 int mf_verbs_connections(struct mf_server *server) {
     struct mf_verbs_server *verbs = server_of(server);
     if (!verbs)
         return 0;
-    pthread_mutex_lock(&verbs->mutex);
+    mf_turns_enter(&verbs->turns);
     int count = verbs->count;
-    pthread_mutex_unlock(&verbs->mutex);
+    mf_turns_leave(&verbs->turns);
     return count;
+}
+
+/* --- registering ahead -------------------------------------------------------------------------------------- */
+
+bool mf_verbs_ahead_begin(struct mf_server *server) {
+    struct mf_verbs_server *verbs = server_of(server);
+    if (!verbs)
+        return false;
+    mf_turns_enter(&verbs->turns);
+    bool begins = verbs->ahead == TO_DO && verbs->count > 0 && !verbs->closed[0];
+    if (begins)
+        verbs->ahead = IN_WORK;
+    mf_turns_leave(&verbs->turns);
+    return begins;
+}
+
+/* Ends when all is registered, and also without clients: memory that is pinned is harder to get back. */
+int mf_verbs_ahead(struct mf_server *server, char *why) {
+    struct mf_verbs_server *verbs = server->verbs;
+    why[0] = 0;
+    mf_turns_enter_last(&verbs->chunks.turns, LONG_NS);
+    mf_turns_enter(&verbs->turns);
+    bool goes_on = verbs->count > 0 && !verbs->closed[0];
+    if (!goes_on)
+        verbs->ahead = TO_DO;
+    mf_turns_leave(&verbs->turns);
+    int error = goes_on ? mf_chunks_ahead(&verbs->chunks) : ENOENT;
+    if (error && goes_on) {
+        mf_turns_enter(&verbs->turns);
+        verbs->ahead = DONE;
+        mf_turns_leave(&verbs->turns);
+    }
+    if (error && error != ENOENT && error != EIDRM)
+        mf_chunks_explain(&verbs->chunks, error, why);
+    mf_turns_leave_last(&verbs->chunks.turns);
+    return error == 0 ? MF_OK : why[0] ? MF_BROKEN : MF_ABSENT;
 }
 
 void mf_verbs_free(struct mf_server *server) {
@@ -543,16 +661,16 @@ void mf_verbs_free(struct mf_server *server) {
     mf_verbs_close(server, "the function ends");
     if (verbs->pd) {
         uint64_t one = 1;
-        pthread_mutex_lock(&verbs->mutex);
+        mf_turns_enter(&verbs->turns);
         verbs->stopping = true;
-        pthread_mutex_unlock(&verbs->mutex);
+        mf_turns_leave(&verbs->turns);
         if (write(verbs->wake, &one, sizeof one) == sizeof one)
             pthread_join(verbs->thread, NULL);
         mf_verbs.destroy_comp_channel(verbs->channel);
         mf_verbs.dealloc_pd(verbs->pd);
         close(verbs->wake);
     }
-    free(verbs->registered);
+    free(verbs->chunks.registered);
     free(verbs);
     server->verbs = NULL;
 }

@@ -162,6 +162,7 @@ struct mf_putting {
     uint8_t space, flags;
     bool conditional; /* on `expected`; MF_DIFFERS */
     uint64_t expected;
+    bool constant; /* nobody can change the value meanwhile */
     const void *key, *meta, *value;
     uint32_t key_len, meta_len;
     uint64_t value_len;
@@ -181,7 +182,7 @@ int mf_batch_put(struct mf_stream *stream, struct mf_request *request, const voi
 int mf_batch_reply(struct mf_link *link, struct mf_stream *stream, struct mf_replaced *replaced);
 
 /* A batch of gets on a stream of a verbs link, one-sided. What is not MF_OK then is to be asked for singly. */
-#define MF_WANTED_MOST 48u
+#define MF_WANTED_MOST 64u
 struct mf_wanted {
     const void *key;
     uint32_t key_len;

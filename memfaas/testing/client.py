@@ -1,6 +1,6 @@
 """A client that works hard until it is killed: `python -m memfaas.testing.client '{...}'` (see Work).
 
-Its threads use one link to the memory each way, mapped and over tcp, and write down what they do.
+Its threads use one link to the memory each way, mapped, over tcp and over verbs, and write down what they do.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, LinkDown, ShmLink, TcpLink
-from memfaas.errors import KeyAbsent, StoreFull
-from memfaas.testing.function import admitted
+from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, LinkDown, ShmLink, TcpLink, VerbsLink
+from memfaas.errors import FabricUnavailable, KeyAbsent, StoreFull
+from memfaas.testing.function import admitted, welcomed
 from memfaas.testing.history import Recorder, Step
 from memfaas.testing.lease import BareStore
 from memfaas.testing.values import Values, key_of
@@ -42,6 +43,7 @@ class Work:
     seed: int
     shm_threads: int
     tcp_threads: int
+    verbs_threads: int
     operations: int
     """Of each thread, at most."""
     hot_keys: int
@@ -49,7 +51,12 @@ class Work:
     timeout_s: float
 
 
-def _connect(family: socket.AddressFamily, address: str | tuple[str, int]) -> tuple[socket.socket, int]:
+T = TypeVar("T")
+
+
+def _connect(
+    family: socket.AddressFamily, address: str | tuple[str, int], ask: Callable[[socket.socket], T]
+) -> tuple[socket.socket, T]:
     """A socket whose other end admitted us. A function that is killed meanwhile is followed by another."""
     deadline = time.monotonic() + _PATIENCE_S
     while True:
@@ -57,9 +64,9 @@ def _connect(family: socket.AddressFamily, address: str | tuple[str, int]) -> tu
         sock.settimeout(_PATIENCE_S)
         try:
             sock.connect(address)
-            number = admitted(sock)
+            answer = ask(sock)
             sock.settimeout(None)
-            return sock, number
+            return sock, answer
         except (EOFError, ConnectionError, BlockingIOError):
             sock.close()
             if time.monotonic() > deadline:
@@ -67,15 +74,36 @@ def _connect(family: socket.AddressFamily, address: str | tuple[str, int]) -> tu
 
 
 def connect_unix(path: str) -> tuple[socket.socket, int]:
-    return _connect(socket.AF_UNIX, path)
+    return _connect(socket.AF_UNIX, path, admitted)
 
 
 def connect_tcp(port: int) -> int:
-    return _connect(socket.AF_INET, ("127.0.0.1", port))[0].detach()
+    return _connect(socket.AF_INET, ("127.0.0.1", port), admitted)[0].detach()
+
+
+def add_verbs(link: VerbsLink, port: int) -> None:
+    """Raises FabricUnavailable when the function is another one than before: its memory is registered anew."""
+    pair = link.queue_pair()
+    sock, welcome = _connect(socket.AF_INET, ("127.0.0.1", port), lambda sock: welcomed(sock, pair.address))
+    with sock:
+        link.add(sock.fileno(), pair, welcome)
+        sock.detach()
+
+
+def connect_verbs(port: int, timeout_s: float) -> VerbsLink:
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        link = VerbsLink(b"", timeout_s)
+        try:
+            add_verbs(link, port)
+            return link
+        except FabricUnavailable:  # killed just now
+            if time.monotonic() > deadline:
+                raise
 
 
 class _Worker:
-    def __init__(self, work: Work, number: int, link: ShmLink | TcpLink, recorder: Recorder) -> None:
+    def __init__(self, work: Work, number: int, link: ShmLink | TcpLink | VerbsLink, recorder: Recorder) -> None:
         self._work = work
         self._choose = random.Random(work.seed * 1000 + number)
         self._next = work.first + (number << 32)
@@ -87,9 +115,15 @@ class _Worker:
         if reason == FROZEN:  # while it is copied
             return
         link = store._get_link(0)
-        if not isinstance(link, TcpLink) or reason not in (NEED_CONNECTION, BROKEN):
+        if isinstance(link, ShmLink) or reason not in (NEED_CONNECTION, BROKEN):
             raise LinkDown(reason)
-        link.add(connect_tcp(self._work.tcp_port))
+        if isinstance(link, TcpLink):
+            link.add(connect_tcp(self._work.tcp_port))
+        elif isinstance(link, VerbsLink):
+            try:
+                add_verbs(link, self._work.tcp_port)
+            except FabricUnavailable:
+                store._set_link(0, connect_verbs(self._work.tcp_port, self._work.timeout_s))
 
     def run(self) -> None:
         for _ in range(self._work.operations):
@@ -126,7 +160,10 @@ class _Worker:
 def main(work: Work) -> None:
     presence, participant = connect_unix(work.unix)
     shm = ShmLink(work.data, work.control, participant, work.timeout_s)
-    tcp = TcpLink(work.timeout_s)
+    links: list[tuple[ShmLink | TcpLink | VerbsLink, str]] = [(shm, "shm")] * work.shm_threads
+    links += [(TcpLink(work.timeout_s), "tcp")] * work.tcp_threads
+    if work.verbs_threads:
+        links += [(connect_verbs(work.tcp_port, work.timeout_s), "verbs")] * work.verbs_threads
     failed: list[BaseException] = []
 
     def run(worker: Callable[[], None]) -> None:
@@ -137,8 +174,7 @@ def main(work: Work) -> None:
             raise
 
     threads = []
-    for number in range(work.shm_threads + work.tcp_threads):
-        link, fabric = (shm, "shm") if number < work.shm_threads else (tcp, "tcp")
+    for number, (link, fabric) in enumerate(links):
         recorder = Recorder(Path(f"{work.history}.{number}.{fabric}"))
         worker = _Worker(work, number, link, recorder)
         threads.append(threading.Thread(target=run, args=(worker.run,), daemon=True))

@@ -2,7 +2,8 @@
 
 It serves the memory behind two descriptors to whoever connects to two listening sockets, cleans up
 behind processes that die, and can itself be killed and started again on the same four descriptors.
-A client sends one byte and gets the number of its participant (over tcp: 0) when it is admitted.
+A client sends one byte and gets the number of its participant (over tcp: 0) when it is admitted. For verbs it sends
+the address of its queue pair behind another byte, and gets a welcome to that behind the number.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from memfaas._native import Memory, Server
+from memfaas.errors import FabricUnavailable
 
 _NUMBER = struct.Struct("<I")
+_PLAIN, _VERBS = b"?", b"v"
+_ADDRESS_BYTES = 32
+_WELCOME_BYTES = 80
 _PEER = struct.Struct("3i")
 
 
@@ -31,11 +36,21 @@ def _start_time(pid: int) -> int:
 
 def admitted(sock: socket.socket) -> int:
     """For the client, after it connected: its participant number. EOFError: the function died."""
-    sock.sendall(b"?")
-    answer = sock.recv(_NUMBER.size, socket.MSG_WAITALL)
-    if len(answer) < _NUMBER.size:
+    sock.sendall(_PLAIN)
+    return int(_NUMBER.unpack(_receive(sock, _NUMBER.size))[0])
+
+
+def welcomed(sock: socket.socket, address: bytes) -> bytes:
+    """For the client, after it connected: the welcome to its queue pair. EOFError: the function died, or refused."""
+    sock.sendall(_VERBS + address)
+    return _receive(sock, _NUMBER.size + _WELCOME_BYTES)[_NUMBER.size :]
+
+
+def _receive(sock: socket.socket, length: int) -> bytes:
+    answer = sock.recv(length, socket.MSG_WAITALL)
+    if len(answer) < length:
         raise EOFError("the function died")
-    return int(_NUMBER.unpack(answer)[0])
+    return answer
 
 
 class Function:
@@ -78,15 +93,24 @@ class Function:
     def _greet(self, sock: socket.socket, welcome: Callable[[socket.socket], None]) -> None:
         self._selector.unregister(sock)
         try:
-            if sock.recv(1):
+            wanted = sock.recv(1)
+            if wanted == _VERBS:
+                return self._connect(sock)
+            if wanted:
                 return welcome(sock)
-        except OSError:
+        except (EOFError, OSError, FabricUnavailable):
             pass
         sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         sock.sendall(_NUMBER.pack(0))
         self._server.serve(sock.detach())
+
+    def _connect(self, sock: socket.socket) -> None:
+        end = self._server.verbs_end(b"", _receive(sock, _ADDRESS_BYTES))
+        self._server.serve(os.dup(sock.fileno()), end)  # before the client knows: none of its messages is too early
+        with sock:
+            sock.sendall(_NUMBER.pack(0) + end.welcome)
 
     def _attach(self, sock: socket.socket) -> None:
         pid, _, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))

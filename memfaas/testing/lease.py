@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from memfaas._native import Value
 
 Kind = Literal["shard", "region"]
+Fabric = Literal["shm", "tcp", "verbs"]
 
 
 def make_memory(kind: Kind, size: int, *, arriving: bool = False) -> tuple[int, int]:
@@ -150,6 +151,11 @@ class BareLease:
         near, far = tcp_pair()
         self.server.serve(far.detach())
         return near
+
+    def link(self, fabric: Fabric) -> ShmLink | TcpLink | VerbsLink:
+        if fabric == "shm":
+            return self.shm_link()
+        return self.tcp_link() if fabric == "tcp" else self.verbs_link()
 
     def shm_link(self) -> ShmLink:
         participant = self.memory.attach(os.getpid(), 1)

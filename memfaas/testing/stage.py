@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from memfaas._native import Memory
+from memfaas._native import Memory, ShmLink
 from memfaas.errors import KeyAbsent
 from memfaas.testing import fsck, history
 from memfaas.testing.client import VALUES, Work
@@ -57,6 +57,10 @@ class Stage:
 
     folder: Path
     choose: random.Random
+    shm_threads: int = 2
+    """Of each client, and so on."""
+    tcp_threads: int = 1
+    verbs_threads: int = 0
     data: int = 0
     control: int = 0
     lives: list[Life] = field(default_factory=list)
@@ -114,7 +118,8 @@ class Stage:
             data=self.data, control=self.control, unix=str(self.unix.getsockname().decode()),
             tcp_port=self.tcp.getsockname()[1], part_size=self.memory.part_size,
             history=str(self.folder / f"client-{number}"), first=number << 40, seed=self.choose.randrange(1 << 30),
-            shm_threads=2, tcp_threads=1, operations=operations, hot_keys=HOT_KEYS, keys=KEYS, timeout_s=20.0,
+            shm_threads=self.shm_threads, tcp_threads=self.tcp_threads, verbs_threads=self.verbs_threads,
+            operations=operations, hot_keys=HOT_KEYS, keys=KEYS, timeout_s=20.0,
         )  # fmt: skip
         process = self.start("memfaas.testing.client", json.dumps(asdict(work)), descriptors=(self.data, self.control))
         self.lives.append(Life(process, work.history))
@@ -123,7 +128,7 @@ class Stage:
         return [life for life in self.lives if not life.ended]
 
     def at_work(self) -> list[Life]:
-        return [life for life in self.running() if Path(f"{life.history}.0.shm").exists()]
+        return [life for life in self.running() if any(self.folder.glob(f"{Path(life.history).name}.0.*"))]
 
     def note_ends(self, timeout_s: float = 0.0) -> None:
         """Of clients that have done their work, or were killed."""
@@ -146,6 +151,12 @@ class Stage:
             life.process.wait(LIMIT_S)
         self.note_ends()
 
+    def mapped_store(self) -> BareStore:
+        """For a client in this process."""
+        store = BareStore(self.memory.part_size)
+        store._set_link(0, ShmLink(self.data, self.control, self.memory.attach(os.getpid(), 1), 20.0))
+        return store
+
     def wait_until_all_is_put_right(self) -> None:
         deadline = time.monotonic() + LIMIT_S
         while self.memory.participants() or fsck.held(self.control, "shard", SIZE):
@@ -160,7 +171,7 @@ class Stage:
                 # A killed process has done nothing after its end. But a request that it sent may have been
                 # served after that, until the function that had it was killed as well.
                 end = life.ended
-                if path.suffix == ".tcp":
+                if path.suffix != ".shm":
                     end = next(moment for moment in self.function_ends if moment >= end)
                 for one in history.read(path, lambda _, end=end: end):  # type: ignore[misc]
                     by_key[one.key].append(one.operation)

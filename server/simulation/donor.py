@@ -209,7 +209,7 @@ class SimulatedDonor:
         """While something may be lent again; what else changes is said by `look`."""
         while True:
             await self._scarce.wait()
-            while HOLDER in self.reclaimer.reserved:
+            while HOLDER in self.reclaimer.reclaimed:
                 await trio.sleep(PAUSE_S)
                 await self.look()
             self._scarce = trio.Event()
@@ -220,7 +220,7 @@ class SimulatedDonor:
             available=memory.available,
             populated=memory.populated,
             offered=memory.offered,
-            reserved=self.reclaimer.reserved.get(HOLDER, 0),
+            reclaimed=self.reclaimer.reclaimed.get(HOLDER, 0),
         )
 
     # --- what leases need -----------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class SimulatedDonor:
     def report(self) -> None:
         populated = {lease: one.bytes for lease, one in self.leases.items()}
         self.tell(
-            DonorReport(memory=self.memory(), links={}, populated=populated, reclaimed=dict(self.reclaimer.reserved))
+            DonorReport(memory=self.memory(), links={}, populated=populated, reclaimed=dict(self.reclaimer.reclaimed))
         )
 
     def in_background(self, task: Callable[..., Awaitable[object]], *args: object) -> None:

@@ -67,7 +67,7 @@ class Scan:
     donors: dict[str, DonorInfo]
     """Those that are connected, by name, which is the node's."""
     ended: list[tuple[str, str]]
-    """Donor and holder: memory that is still set aside for a job that Slurm no longer knows."""
+    """Donor and holder: memory that is still taken back for a job that Slurm no longer knows."""
 
     @property
     def willing(self) -> list[Node]:
@@ -148,7 +148,7 @@ def extra(old: str, donor: DonorInfo | None) -> str:
         content[_KEY] = {
             "lent_mib": donor.memory.offered // MIB,
             "leased_mib": donor.memory.leased // MIB,
-            "taken_back_mib": sum(donor.reclaimed.values()) // MIB,
+            "reclaimed_mib": sum(donor.reclaimed.values()) // MIB,
         }
     if content == before:
         return old

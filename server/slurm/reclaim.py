@@ -59,7 +59,7 @@ async def on_controller(
 async def on_node(socket: Path, node: str, job: str, nodes: list[str], deadline_s: float) -> None:
     """Prolog: the node's own donor frees the memory, if the broker has not told it to. Raises MemfaasError."""
     async with local_agent.connected(socket) as channel:
-        # Nothing more is taken by this, but the answer says what is set aside for the job, once it is free.
+        # Nothing more is taken by this, but the answer says what was taken back for the job, once it is free.
         known = await channel.request(_needs(node, 0, deadline_s, job), Reclaimed, deadline_s + _GRACE_S)
         if known.held:
             logger.info("job %s: %s has set %s aside for it", job, node, format_size(known.held))

@@ -16,6 +16,7 @@ from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
 from memfaas.client.store import Store
 from memfaas.errors import LeaseLost, MemfaasError
+from memfaas.fabric import Choice
 from memfaas.units import MIB
 
 NOWHERE = messages.Endpoint(node="", unix_path="", host="", port=0)
@@ -26,6 +27,7 @@ class Bench:
     """Stands for a session: its broker knows no place of any lease."""
 
     fabric: str = "auto"
+    device: str = ""
     timeout: float = 1.0
     located: int = 0
     closed_stores: list[Store] = field(default_factory=list)
@@ -123,6 +125,13 @@ def make_local() -> Iterator[Callable[..., Local]]:
     yield make
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+@pytest.fixture(params=["shm", "tcp"])
+def choice(request: pytest.FixtureRequest) -> Choice:
+    """The fabric that is pinned; tests/vm has the same tests over verbs."""
+    chosen: Choice = request.param
+    return chosen
 
 
 @pytest.fixture(scope="session")

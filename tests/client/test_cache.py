@@ -139,7 +139,7 @@ def test_it_heals_when_there_is_room_again(
     assert key not in store
 
     elsewhere = make_local(shards=1).store._get_link(0)
-    monkeypatch.setattr(fabric, "open_link", lambda *_: fabric.Opened(elsewhere))
+    monkeypatch.setattr(fabric, "open_link", lambda *_, **__: fabric.Opened(elsewhere))
     old = store.keepers[DROPPED].place
     ticket = auth.Ticket(tenant="t", lease=old.lease, donor="d", epoch=2, expires=time.time() + 300, uid=None)
     place: messages.Place = msgspec.structs.replace(old, donor="d", epoch=2, ticket=ticket.encode())

@@ -22,7 +22,6 @@ from memfaas.errors import BrokerUnavailable, LeaseLost, MemfaasError, Transport
 from memfaas.units import MIB
 
 pytestmark = pytest.mark.slow
-FABRICS: tuple[fabric.Choice, ...] = ("shm", "tcp")
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -118,7 +117,6 @@ def check(store: memfaas.Store, content: dict[bytes, bytes]) -> None:
     assert all(store.get(key) == value for key, value in content.items())
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_who_reads_and_writes_does_not_notice_that_the_broker_is_away(
     own_cluster: LocalCluster, choice: fabric.Choice
 ) -> None:
@@ -174,7 +172,6 @@ def test_a_persistent_store_survives_the_broker(own_cluster: LocalCluster) -> No
             session.store("kept")
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_memory_functions_that_are_killed_come_back_with_everything(
     own_cluster: LocalCluster, choice: fabric.Choice
 ) -> None:
@@ -195,7 +192,6 @@ def test_memory_functions_that_are_killed_come_back_with_everything(
             check(second.store("s"), content)
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_an_agent_that_is_killed_finds_its_functions_again(own_cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(own_cluster.address, fabric=choice) as session:
         content = fill(session)
@@ -225,7 +221,6 @@ def test_broker_and_agent_killed_together(own_cluster: LocalCluster) -> None:
         assert {shard.trouble for shard in store.info().shards} == {None}
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_a_donor_that_is_stopped_takes_its_memory_back(own_cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(own_cluster.address, fabric=choice, timeout=3) as session:
         store = session.store("s", size="64MiB")
@@ -272,7 +267,6 @@ with memfaas.connect(sys.argv[1], fabric=sys.argv[2]) as session:
 """
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_clients_killed_in_the_middle_lose_no_acknowledged_value(
     own_cluster: LocalCluster, choice: fabric.Choice
 ) -> None:

@@ -37,8 +37,6 @@ from memfaas.errors import (
 )
 from memfaas.units import MIB
 
-FABRICS: tuple[fabric.Choice, ...] = ("shm", "tcp")
-
 
 def until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 20
@@ -68,7 +66,6 @@ def in_child(work: Callable[[], None]) -> None:
 # --- stores -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_a_store_over_each_fabric(cluster: LocalCluster, choice: fabric.Choice) -> None:
     large = os.urandom(20 * MIB)
     with memfaas.connect(cluster.address, fabric=choice) as session:
@@ -195,7 +192,6 @@ def test_what_cannot_be_had(session: Session, call: Callable[[Session], Any], er
     assert session.status().leases == []
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_what_is_free_takes_values_of_other_sizes(cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(cluster.address, fabric=choice) as session:
         store = session.store("mixed", size="8MiB")
@@ -287,7 +283,6 @@ def test_memory_of_python_objects_is_neither_read_nor_written(session: Session) 
     store.close()
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_the_last_of_several_values_for_one_key_stays(cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(cluster.address, fabric=choice) as session:
         store = session.store("twice", size="4MiB")
@@ -317,7 +312,6 @@ def test_another_tenant_sees_and_gets_nothing(cluster: LocalCluster, session: Se
     assert store.get("a") == b"1"
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_a_forged_ticket_opens_nothing(session: Session, choice: fabric.Choice) -> None:
     place = session.store("s", size="8MiB").keepers[0].place
     deadline = time.monotonic() + 5
@@ -366,10 +360,41 @@ def test_a_pinned_fabric_that_fails_is_an_error(cluster: LocalCluster) -> None:
             memfaas.Store(session, store.spec, places)
 
 
+def test_verbs_that_fails_falls_back_loudly(session: Session, caplog: pytest.LogCaptureFixture) -> None:
+    session.device = "none7"
+    store = session.store("s", size="8MiB")
+    for keeper in store.keepers:
+        elsewhere = msgspec.structs.replace(keeper.place.endpoint, node="another", verbs="mlx5_0:1:3")
+        keeper.place = msgspec.structs.replace(keeper.place, endpoint=elsewhere)
+    store.put("a", b"1")
+    assert store.get("a") == b"1"
+    assert "could be reached over verbs, but" in caplog.text
+    used = [shard for shard in store.info().shards if shard.fallback]
+    assert {shard.fabric for shard in used} == {"tcp"}
+    assert {"no RDMA device none7" in (shard.fallback or "") for shard in used} == {True}
+
+
+def test_who_demands_verbs_gets_an_error_where_there_is_no_device(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMFAAS_DEVICE", "none7")
+    with memfaas.connect(cluster.address, fabric="verbs", timeout=0.5) as session:
+        store = session.store("s", size="8MiB")
+        region = session.lease("1MiB")
+        operations: list[Callable[[], Any]] = [
+            lambda: store.put("a", b"1"),
+            lambda: store.get("a"),
+            lambda: region.read(0, 1),
+        ]
+        for operation in operations:
+            with pytest.raises(FabricUnavailable, match="this node has no RDMA device none7"):
+                operation()
+        assert {shard.fabric for shard in store.info().shards} == {None}
+
+
 # --- many at once -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_many_threads_use_one_store(cluster: LocalCluster, choice: fabric.Choice) -> None:
     errors: list[BaseException] = []
     with memfaas.connect(cluster.address, fabric=choice) as session:
@@ -417,7 +442,6 @@ def test_several_processes_use_one_store(cluster: LocalCluster, session: Session
 # --- fork -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_a_forked_child_has_links_and_a_session_of_its_own(cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(cluster.address, fabric=choice) as session:
         store = session.store("forked", size="16MiB")
@@ -467,7 +491,6 @@ def test_a_child_may_fork_again(session: Session) -> None:
 # --- regions ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_a_region_is_raw_memory(cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(cluster.address, fabric=choice) as session:
         with session.lease("8MiB") as region:
@@ -502,7 +525,6 @@ def test_a_region_is_raw_memory(cluster: LocalCluster, choice: fabric.Choice) ->
         assert session.status().leases == []
 
 
-@pytest.mark.parametrize("choice", FABRICS)
 def test_additions_of_many_threads_all_count(cluster: LocalCluster, choice: fabric.Choice) -> None:
     with memfaas.connect(cluster.address, fabric=choice) as session, session.lease("1MiB") as region:
 

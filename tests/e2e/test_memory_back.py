@@ -93,7 +93,12 @@ def kept_open(cluster: LocalCluster) -> Iterator[Callable[[], list[int]]]:
             os.close(descriptor)
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp"])
+def fabric(request: pytest.FixtureRequest) -> Choice:
+    chosen: Choice = request.param
+    return chosen
+
+
 def test_a_session_that_stands_still_cannot_keep_its_memory(small_cluster: LocalCluster, fabric: Choice) -> None:
     """Over shm it has the memory mapped all the time; and somebody holds the descriptors, too."""
     before = shared_memory()

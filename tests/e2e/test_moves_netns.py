@@ -76,7 +76,7 @@ class Spread:
         for process in reversed(self._processes):
             process.stop(STOP_S)
         left = {path.name for path in (self._folder / "run").rglob("*") if not path.is_dir()}
-        assert left <= {"lock", "reserved.json"}, "a donor left something behind"  # what is set aside outlasts it
+        assert left <= {"lock", "reclaimed.json"}, "a donor left something behind"  # what was reclaimed outlasts it
         shutil.rmtree(self._folder / "run", ignore_errors=True)
         for path in self._folder.iterdir():
             path.unlink()

@@ -6,17 +6,16 @@ linearizable. Afterwards nothing is held, nothing has leaked, and the shard is w
 
 from __future__ import annotations
 
-import os
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from memfaas._native import ShmLink
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareStore, fill_and_empty
+from memfaas.testing.lease import fill_and_empty
 from memfaas.testing.linearizability import check
 from memfaas.testing.stage import KEYS, LIMIT_S, Stage, final_reads
 from memfaas.testing.values import key_of
@@ -34,8 +33,7 @@ def assert_nothing_was_lost_or_left(stage: Stage) -> None:
     stage.end_function()
     assert fsck.faults(stage.data, stage.control) == {}
     by_key = stage.operations()
-    store = BareStore(stage.memory.part_size)
-    store._set_link(0, ShmLink(stage.data, stage.control, stage.memory.attach(os.getpid(), 1), 20.0))
+    store = stage.mapped_store()
     for key, read in final_reads(store):
         by_key[key].append(read)
     for key, operations in by_key.items():
@@ -49,14 +47,31 @@ def assert_nothing_was_lost_or_left(stage: Stage) -> None:
     assert fsck.faults(stage.data, stage.control) == {}
 
 
+@dataclass(frozen=True)
+class Plan:
+    deaths: int = 40
+    clients: int = 4
+    operations: int = 3000
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan()
+
+
+@pytest.fixture(params=["clients", "function", "both"])
+def victims(request: pytest.FixtureRequest) -> str:
+    who: str = request.param
+    return who
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victims", ["clients", "function", "both"])
-def test_a_kill_costs_nobody_a_value(stage: Stage, victims: str) -> None:
+def test_a_kill_costs_nobody_a_value(stage: Stage, plan: Plan, victims: str) -> None:
     stage.start_function()
     deaths = 0
-    while deaths < 40:
-        while len(stage.running()) < 4:
-            stage.start_client(operations=3000)
+    while deaths < plan.deaths:
+        while len(stage.running()) < plan.clients:
+            stage.start_client(plan.operations)
         time.sleep(stage.choose.uniform(0.02, 0.25))
         stage.note_ends()
         if victims != "clients" and stage.choose.random() < (0.3 if victims == "both" else 0.8):

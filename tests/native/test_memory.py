@@ -34,7 +34,7 @@ from memfaas._native import (
 )
 from memfaas.errors import ProtocolError, UsageError
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareLease, BareStore, Kind, make_memory
+from memfaas.testing.lease import BareLease, BareStore, Fabric, Kind, make_memory
 
 HEADER = 120
 FREE = [*range(16, 64)]
@@ -302,9 +302,8 @@ def all_uses(store: BareStore) -> list[Callable[[], object]]:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["kept", "cut"])
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-def test_every_operation_on_revoked_memory_says_so(lease: BareLease, fabric: str, cut: bool) -> None:
-    store = lease.store(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+def test_every_operation_on_revoked_memory_says_so(lease: BareLease, fabric: Fabric, cut: bool) -> None:
+    store = lease.store(lease.link(fabric))
     store.put(b"small", b"v")
     store.put(b"large", bytes(200_000))
     lease.memory.revoke()
@@ -316,10 +315,9 @@ def test_every_operation_on_revoked_memory_says_so(lease: BareLease, fabric: str
     assert fsck.held(lease.control_fd, "shard", MIN_SHARD) == {}
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-def test_memory_that_is_cut_without_a_word_is_revoked_too(lease: BareLease, fabric: str) -> None:
+def test_memory_that_is_cut_without_a_word_is_revoked_too(lease: BareLease, fabric: Fabric) -> None:
     """As a hostile client of the same lease could do."""
-    store = lease.store(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+    store = lease.store(lease.link(fabric))
     store.put(b"small", b"v")
     store.put(b"large", bytes(200_000))
     os.ftruncate(lease.data_fd, 0)
@@ -332,10 +330,9 @@ def test_memory_that_is_cut_without_a_word_is_revoked_too(lease: BareLease, fabr
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["kept", "cut"])
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-def test_every_operation_on_a_revoked_region_says_so(fabric: str, cut: bool) -> None:
+def test_every_operation_on_a_revoked_region_says_so(fabric: Fabric, cut: bool) -> None:
     with BareLease("region", 5 * MIB) as lease:
-        region = lease.region(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+        region = lease.region(lease.link(fabric))
         region.write(0, b"before")
         lease.memory.revoke()
         if cut:

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memfaas.errors import UsageError
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareLease, BareRegion
+from memfaas.testing.lease import BareLease, BareRegion, Fabric
 
 NOISE = random.Random(20).randbytes(1 << 20)
 SIZE = 300_003  # neither words nor pages
@@ -123,24 +123,23 @@ def lease() -> Iterator[BareLease]:
         yield lease
 
 
-def region_on(lease: BareLease, fabric: str) -> BareRegion:
-    return lease.region(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+def region_on(lease: BareLease, fabric: Fabric) -> BareRegion:
+    return lease.region(lease.link(fabric))
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 4095, 4096, (2 << 20) - 4096, (2 << 20) - 4095])
-def test_the_last_byte_is_there(size: int) -> None:
+def test_the_last_byte_is_there(fabric: Fabric, size: int) -> None:
     with BareLease("region", size) as lease:
-        for fabric, value in (("shm", b"a"), ("tcp", b"b")):
-            region = region_on(lease, fabric)
+        region, other = region_on(lease, fabric), region_on(lease, "shm")
+        for value in (b"a", b"b"):
             region.write(size - 1, value)
-            assert region_on(lease, "shm").read(0, size) == bytes(size - 1) + value
-            with pytest.raises(UsageError):
-                region.read(size, 1)
-            assert region.read(size, 0) == b""
+            assert region.read(0, size) == other.read(0, size) == bytes(size - 1) + value
+        with pytest.raises(UsageError):
+            region.read(size, 1)
+        assert region.read(size, 0) == b""
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-def test_arguments_that_make_no_sense_are_refused(lease: BareLease, fabric: str) -> None:
+def test_arguments_that_make_no_sense_are_refused(lease: BareLease, fabric: Fabric) -> None:
     region = region_on(lease, fabric)
     for offset, length in ((-1, 1), (0, -1), (SIZE, 1), (0, SIZE + 1), (TOP, 1), (1, TOP - 1)):
         with pytest.raises(UsageError):
@@ -164,12 +163,18 @@ def swap_up(region: BareRegion, count: int) -> None:
             seen = before
 
 
+@pytest.fixture
+def together() -> tuple[Fabric, ...]:
+    """Of those whose clients may change one word at the same time."""
+    return ("shm", "tcp", "shm", "tcp")
+
+
 @pytest.mark.parametrize("increase", [add_ones, swap_up])
 def test_words_change_atomically_on_all_fabrics_at_once(
-    lease: BareLease, increase: Callable[[BareRegion, int], None]
+    lease: BareLease, together: tuple[Fabric, ...], increase: Callable[[BareRegion, int], None]
 ) -> None:
     count = 300
-    regions = [region_on(lease, fabric) for fabric in ("shm", "tcp", "shm", "tcp")]
+    regions = [region_on(lease, fabric) for fabric in together]
     regions[0].write(64, (1).to_bytes(8, "little"))
     threads = [threading.Thread(target=increase, args=(region, count)) for region in regions]
     for thread in threads:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from memfaas._native import FLAG_ARRAY, FLAG_MANIFEST, MAX_KEY, MAX_META, MIN_SHARD, PART, USER
 from memfaas.errors import KeyAbsent, StoreFull, UsageError, ValueTooLarge
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareLease, BareStore, fill_and_empty
+from memfaas.testing.lease import BareLease, BareStore, Fabric, fill_and_empty
 
 KIB = 1024
 SPAN = 256 * KIB
@@ -341,10 +341,14 @@ def shard_lease() -> Iterator[BareLease]:
         yield lease
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-@pytest.mark.parametrize("key_length", KEY_LENGTHS)
-def test_values_of_every_edge_length_come_back(lease: BareLease, fabric: str, key_length: int) -> None:
-    writer = lease.store(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+@pytest.fixture(params=KEY_LENGTHS)
+def key_length(request: pytest.FixtureRequest) -> int:
+    length: int = request.param
+    return length
+
+
+def test_values_of_every_edge_length_come_back(lease: BareLease, fabric: Fabric, key_length: int) -> None:
+    writer = lease.store(lease.link(fabric))
     reader = lease.store(lease.tcp_link() if fabric == "shm" else lease.shm_link())
     key = NOISE[:key_length]
     edges = (0, INLINE - HEADER - key_length, SEGMENT, SPAN, 2 * SPAN)
@@ -359,9 +363,8 @@ def test_values_of_every_edge_length_come_back(lease: BareLease, fabric: str, ke
     assert lease.memory.stats()["used"] == 0
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
-def test_a_key_that_is_too_long_is_refused(lease: BareLease, fabric: str) -> None:
-    store = lease.store(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+def test_a_key_that_is_too_long_is_refused(lease: BareLease, fabric: Fabric) -> None:
+    store = lease.store(lease.link(fabric))
     for use in (store.get, store.delete, store.__contains__, lambda key: store.put(key, b"")):
         with pytest.raises(ValueTooLarge):
             use(b"k" * (MAX_KEY + 1))
@@ -369,10 +372,9 @@ def test_a_key_that_is_too_long_is_refused(lease: BareLease, fabric: str) -> Non
         store._save(b"k", USER, b"", b"m" * (MAX_META + 1), 0)
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
 @pytest.mark.parametrize("length", [MIN_SHARD // 8 + 1, 17 << 20, 40 << 20])
-def test_a_value_that_is_too_large_is_refused(lease: BareLease, fabric: str, length: int) -> None:
-    store = lease.store(lease.shm_link() if fabric == "shm" else lease.tcp_link())
+def test_a_value_that_is_too_large_is_refused(lease: BareLease, fabric: Fabric, length: int) -> None:
+    store = lease.store(lease.link(fabric))
     store.put(b"k", b"before")
     with pytest.raises(ValueTooLarge):
         store._save(b"k", USER, bytes(length), b"", 0)

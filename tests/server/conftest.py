@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from memfaas.server import broker
+from memfaas.server import broker, granting
 from tests.server.support import Served, serve_broker
 
 
@@ -29,7 +29,7 @@ def folder(own_world: Path) -> Iterator[Path]:
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests in which nobody comes back, so that waiting for them is not worth its time."""
     monkeypatch.setattr(broker, "SETTLE_S", 0.05)
-    monkeypatch.setattr(broker, "RETURN_S", 0.1)
+    monkeypatch.setattr(granting, "RETURN_S", 0.1)
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ class FakeDonor:
         self.name = name
         self.offered = offered
         self.spill = spill
-        self.incoming: dict[bytes, HeldLease] = {}
+        self.arriving: dict[bytes, HeldLease] = {}
         self.asked: list[Message] = []
         """What it was asked that is not about one lease that begins or ends."""
         self.held: dict[bytes, HeldLease] = {}
@@ -193,7 +193,7 @@ class FakeDonor:
             await trio.sleep(math.inf)
 
     def free(self, lease: bytes) -> None:
-        if self.held.pop(lease, None) is not None or self.incoming.pop(lease, None) is not None:
+        if self.held.pop(lease, None) is not None or self.arriving.pop(lease, None) is not None:
             self.freed.append(lease)
 
     async def on_request(self, message: Message) -> Message:
@@ -205,7 +205,7 @@ class FakeDonor:
             case messages.Receive():
                 if self.before_receive is not None:
                     await self.before_receive(message)
-                return self.make(message.spec, self.incoming)
+                return self.make(message.spec, self.arriving)
             case messages.Reclaim():
                 self.asked.append(message)
                 return messages.Reclaimed(
@@ -238,7 +238,7 @@ class FakeDonor:
 
     async def arrives(self, lease: bytes) -> None:
         """All of a lease has come."""
-        self.held[lease] = self.incoming.pop(lease)
+        self.held[lease] = self.arriving.pop(lease)
         await self.say(messages.Arrived(held=self.held[lease]))
 
     def on_notice(self, message: Message) -> None:

@@ -128,7 +128,7 @@ async def test_a_store_that_is_deleted_during_its_grant_is_made_again_on_the_sam
 
     async def delete(_: messages.Grant) -> None:
         donor.before_grant = None
-        served.broker.in_background(served.broker.tables.delete_store("ann", "s"))
+        served.broker.courier.in_background(served.broker.tables.delete_store("ann", "s"))
         deleted.set()
         raise LeaseLost("it is over")
 

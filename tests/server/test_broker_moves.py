@@ -56,7 +56,7 @@ async def test_a_lease_that_moves_is_found_at_its_new_place(served: Served, nurs
         assert (found.place.donor, found.place.epoch, found.spill) == ("target", 2, False)
         auth.check_ticket(found.place.ticket, lease=region.lease, epoch=2, tenant="ann", donor="target")
         assert found.place.proof_key == auth.proof_key(auth.ticket_key(SECRET, "target"), found.place.ticket)
-        assert target.incoming[region.lease].spec.epoch == 2
+        assert target.arriving[region.lease].spec.epoch == 2
         assert (await ann.locate(region.lease)).donor == "source"  # until all of it has come
         assert [one.state for one in (await ann.status()).leases] == ["moving"]
         await target.arrives(region.lease)
@@ -79,7 +79,7 @@ async def test_a_target_that_refuses_is_replaced_and_frees_what_it_made(served: 
     source, bad, good = FakeDonor("source"), FakeDonor("bad"), FakeDonor("good", offered=64 * MIB)
 
     async def refuse(message: messages.Receive) -> None:
-        bad.make(message.spec, bad.incoming)
+        bad.make(message.spec, bad.arriving)
         raise UsageError("out of order")
 
     bad.before_receive = refuse
@@ -88,8 +88,8 @@ async def test_a_target_that_refuses_is_replaced_and_frees_what_it_made(served: 
         await start_donors(nursery, served, bad, good)
         found = await source.ask(relocate(region.lease), messages.Target)
         assert found.place.donor == "good"
-        assert found.place.epoch == good.incoming[region.lease].spec.epoch
-        await eventually(lambda: bad.incoming == {})
+        assert found.place.epoch == good.arriving[region.lease].spec.epoch
+        await eventually(lambda: bad.arriving == {})
         assert isinstance(
             await refusal(source.ask(relocate(region.lease, avoid=["good", "bad"]), messages.Target)), CapacityError
         )
@@ -133,7 +133,7 @@ async def test_a_target_that_hangs_is_left_alone_until_it_answers(served: Served
             assert (await source.ask(relocate(lease, timeout=1.0), messages.Target)).place.donor == "good"
         assert stopped.receives == 1
         stopped.goes_on.set()
-        await eventually(lambda: not served.broker.silent)
+        await eventually(lambda: not served.broker.courier.silent)
         assert (await source.ask(relocate(leases[2]), messages.Target)).place.donor == "stopped"
 
 
@@ -193,7 +193,7 @@ async def test_a_lease_whose_copy_broke_off_stays_and_may_move_again(served: Ser
         region = await region_on(ann, source, served, nursery)
         await start_donors(nursery, served, target)
         await source.ask(relocate(region.lease), messages.Target)
-        target.incoming.clear()
+        target.arriving.clear()
         await target.say(messages.LeaseGone(lease=region.lease, reason="the copy broke off"))
         await eventually(lambda: not served.broker.tables.donors["target"].arriving)
         assert (await ann.locate(region.lease)).donor == "source"
@@ -207,11 +207,11 @@ async def test_a_copy_that_is_voided_is_refused_when_it_comes_late(served: Serve
         region = await region_on(ann, source, served, nursery)
         await start_donors(nursery, served, target)
         await source.ask(relocate(region.lease), messages.Target)
-        copy = target.incoming[region.lease]
+        copy = target.arriving[region.lease]
         for _ in range(2):  # the answer may get lost
             settled = await settle(source, region.lease, "target")
             assert (settled.moved, settled.epoch) == (False, 3)
-        await eventually(lambda: target.incoming == {})
+        await eventually(lambda: target.arriving == {})
         target.held[region.lease] = copy
         await target.say(messages.Arrived(held=copy))
         await eventually(lambda: target.held == {})
@@ -249,7 +249,7 @@ async def test_a_region_whose_source_and_copy_are_gone_is_lost(served: Served, n
         await source.ask(relocate(region.lease), messages.Target)
         for donor in (source, target):
             donor.held.clear()
-            donor.incoming.clear()
+            donor.arriving.clear()
             await donor.say(messages.LeaseGone(lease=region.lease, reason="its memory was needed"))
         await eventually(lambda: [one.lease for one in ann.gone] == [region.lease])
         assert isinstance(await refusal(ann.locate(region.lease)), LeaseLost)
@@ -263,7 +263,7 @@ async def test_a_lease_that_ends_on_its_way_is_freed_at_both_ends(served: Served
         await start_donors(nursery, served, target)
         await source.ask(relocate(region.lease), messages.Target)
         await ann.ask(messages.ReleaseLease(lease=region.lease), messages.Done)
-        assert (source.held, target.incoming) == ({}, {})
+        assert (source.held, target.arriving) == ({}, {})
         assert isinstance(await refusal(settle(source, region.lease, "target")), LeaseLost)
 
 
@@ -279,8 +279,8 @@ async def test_a_broker_that_restarted_settles_by_what_the_target_shows(nursery:
         for lease in leases:
             await source.ask(relocate(lease), messages.Target)
     target.kill()
-    target.held[region.lease] = target.incoming.pop(region.lease)  # it had all of that, but could not say so
-    target.incoming.clear()
+    target.held[region.lease] = target.arriving.pop(region.lease)  # it had all of that, but could not say so
+    target.arriving.clear()
     served.kill()
     served = await serve_broker(nursery, port=served.port)
     await eventually(lambda: "source" in served.broker.tables.donors)

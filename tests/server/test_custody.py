@@ -14,9 +14,10 @@ import trio
 
 from memfaas import _native
 from memfaas.errors import TransportError
-from memfaas.messages import Done, Endpoint, LeaseSpec, Message, Punch, Punched, StoreSpec, Unpunch
+from memfaas.messages import Endpoint, LeaseSpec, StoreSpec
 from memfaas.server import memory
-from memfaas.server.custody import Custody, FunctionLink
+from memfaas.server.custody import Custody
+from memfaas.server.function_peer import FunctionPeer
 from memfaas.server.placement import lease_bytes
 from memfaas.server.pool import Pool
 from memfaas.units import MIB
@@ -45,26 +46,23 @@ class Function:
         self.memory = _native.Memory(data, control)
         self.data = data
         self.ended = trio.Event()
-        self.notices: list[Message] = []
-        self.channel = self
-        self.process = self
-        self.closed = False
         self.punches = "at once"
 
-    async def request(self, message: Message, reply: type[Any], timeout_s: float) -> Message:
+    def listen(self, hear: object) -> None:
+        pass
+
+    async def punch(self, size: int) -> int:
         await trio.lowlevel.checkpoint()
-        match message:
-            case Punch():
-                if self.punches == "never":
-                    return Punched(size=0)
-                size = self.memory.punch(self.data, message.size, 0.1)
-                if self.punches == "late":
-                    raise TransportError("it said nothing")
-                return Punched(size=size)
-            case Unpunch():
-                self.memory.unpunch()
-                return Done()
-        raise AssertionError(message)
+        if self.punches == "never":
+            return 0
+        punched = self.memory.punch(self.data, size, 0.1)
+        if self.punches == "late":
+            raise TransportError("it said nothing")
+        return punched
+
+    async def unpunch(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.memory.unpunch()
 
     async def kill(self) -> None:
         pass
@@ -110,7 +108,7 @@ async def custody(descriptors: list[int], function: Function, tmp_path: Path, nu
         on_lost=unexpected,
         mover=cast(Any, unexpected),
     )
-    await nursery.start(made.keep, nursery, cast(Pool, NoFunctions()), cast(FunctionLink, function))
+    await nursery.start(made.keep, nursery, cast(Pool, NoFunctions()), cast(FunctionPeer, function))
     return made
 
 

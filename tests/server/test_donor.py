@@ -12,9 +12,10 @@ import pytest
 import trio
 import trio.testing
 
-from memfaas import _native, auth, fabric, local_agent, messages
+from memfaas import _native, auth, fabric, local_agent, messages, rpc
 from memfaas.errors import CapacityError, DeadlineExceeded, LeaseLost, UsageError
 from memfaas.server import pressure
+from memfaas.server.fds import FdStream
 from memfaas.server.records import Room
 from memfaas.server.tables import Tables
 from memfaas.units import MIB
@@ -35,7 +36,7 @@ from tests.server.support import (
 
 FABRICS: list[fabric.Choice] = ["shm", "tcp"]
 JOB_ENDED = messages.Lend(donor="d", holder="job 1")
-"""What is set aside for a job outlasts the donor."""
+"""What is taken back for a job outlasts the donor."""
 
 
 async def links_of(ann: Client, lease: bytes) -> dict[str, int]:
@@ -254,6 +255,36 @@ async def test_a_new_agent_finds_the_functions_of_a_killed_one(served: Served, f
         await eventually(lambda: has_all_back(served))
 
 
+class Ending:
+    """A function that gives its memory back as a new agent comes."""
+
+    async def on_request(self, message: messages.Message) -> messages.Message:
+        raise LeaseLost("it is over")
+
+    def on_notice(self, message: messages.Message) -> None: ...
+
+
+async def test_a_new_agent_lends_only_when_functions_that_were_about_to_end_have_ended(
+    served: Served, folder: Path, nursery: trio.Nursery
+) -> None:
+    donor = DonorProcess(served.port, folder)
+    donor.home.mkdir(parents=True, mode=0o700)
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(donor.home / "L.ctl"))
+        listener.listen()
+        donor.launch()
+        with trio.fail_after(LIMIT_S):
+            stream, _ = await listener.accept()
+        function = rpc.Channel(FdStream(stream), Ending(), "the agent")
+        nursery.start_soon(function.run)
+        await trio.sleep(0.3)
+        assert "d" not in served.broker.tables.donors
+        (donor.home / "L.ctl").unlink()
+        await function.aclose()
+        await eventually(lambda: "d" in served.broker.tables.donors)
+    await donor.stop()
+
+
 async def test_a_lease_whose_function_died_with_the_agent_is_lost_and_said_to_be(served: Served, folder: Path) -> None:
     async with donor_process(served, folder) as donor, client(served.port) as ann:
         store = await ann.open_store(persistent=True)
@@ -425,7 +456,7 @@ async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served
             async with client(served.port, tenant=auth.OPERATOR) as another:
                 with trio.move_on_after(0.5):
                     await another.ask(reclaim(100 * MIB), messages.Reclaimed)
-            await eventually(lambda: another.session not in served.broker._sessions)
+            await eventually(lambda: another.session not in served.broker.courier.sessions)
         finally:
             donor.process.send_signal(signal.SIGCONT)
         assert (await operator.ask(reclaim(MIB), messages.Reclaimed)).held == MIB
@@ -435,7 +466,7 @@ async def test_a_reclaim_that_its_asker_gave_up_is_not_done_later(served: Served
 async def test_a_lease_that_is_freed_while_it_is_granted_is_gone(served: Served, folder: Path) -> None:
     spec = messages.LeaseSpec(lease=b"L" * 16, tenant="ann", kind="region", size=MIB, epoch=1)
     async with donor_process(served, folder) as donor, trio.open_nursery() as nursery:
-        channel = served.broker._donors["d"]
+        channel = served.broker.courier.donors["d"]
         nursery.start_soon(channel.request, messages.Grant(spec=spec), messages.Granted, LIMIT_S)
         await trio.testing.wait_all_tasks_blocked()
         freed = await channel.request(messages.Free(lease=spec.lease, reason="no"), messages.Freed, LIMIT_S)
@@ -449,11 +480,11 @@ async def test_a_lease_that_its_asker_gave_up_is_not_granted_later(served: Serve
     request = messages.Grant(spec=spec) if ask == "grant" else messages.Receive(spec=spec, timeout=60)
     async with donor_process(served, folder) as donor:
         assert donor.process is not None
-        channel = served.broker._donors["d"]
+        channel = served.broker.courier.donors["d"]
         donor.process.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(DeadlineExceeded):
-                await served.broker.ask("d", request, messages.Granted, 0.1, withdraw=True)
+                await served.broker.courier.ask("d", request, messages.Granted, 0.1, withdraw=True)
         finally:
             donor.process.send_signal(signal.SIGCONT)
         freed = await channel.request(messages.Free(lease=b"?" * 16, reason="no"), messages.Freed, LIMIT_S)
@@ -504,6 +535,33 @@ async def test_what_is_taken_back_for_a_job_is_not_lent_by_the_next_agent(
         assert (info.memory.offered, info.reclaimed) == (256 * MIB, {})
 
 
+async def test_an_agent_that_is_killed_amid_a_reclaim_goes_on_with_it_by_itself(served: Served, folder: Path) -> None:
+    async with (
+        donor_process(served, folder) as donor,
+        client(served.port) as ann,
+        client(served.port, tenant=auth.OPERATOR) as operator,
+    ):
+        region = await ann.open_region(200 * MIB)
+        with trio.move_on_after(0.3):  # nor does whoever asked live to see the end of it
+            await local_agent.ask(donor.home, taken_back(200 * MIB, 3.0), messages.Reclaimed, LIMIT_S)
+        await donor.kill()
+        await donor.start()
+        await eventually(lambda: bool(ann.gone))  # there is no other donor for it to go to
+        assert [notice.lease for notice in ann.gone] == [region.lease]
+
+        async def account() -> messages.DonorUsage:
+            return (await operator.ask(messages.AskUsage(), messages.UsageReport)).donors[0]
+
+        with trio.fail_after(LIMIT_S):
+            while (counted := await account()).reclaims == 0:  # noqa: ASYNC110  # the broker sends no events of it
+                await trio.sleep(0.01)
+            while (memory := (await operator.status()).donors[0].memory).leased:  # noqa: ASYNC110  # told by another process
+                await trio.sleep(0.01)
+        assert counted.reclaims == 1
+        assert memory.offered == 56 * MIB
+        await operator.ask(JOB_ENDED, messages.Lent)
+
+
 def taken_back(size: int, deadline: float) -> messages.Reclaim:
     return messages.Reclaim(donor="d", size=size, deadline=deadline, holder="job 1")
 
@@ -528,11 +586,11 @@ async def test_auto_lends_as_much_as_before_when_it_starts_anew_while_a_job_uses
         await operator.ask(taken_back(100 * MIB, 1.0), messages.Reclaimed)
         await donor.kill()
         donor._given |= {"memory": "auto", "headroom": "1GiB"}
-        saved = json.loads((donor.home / "reserved.json").read_text())
+        saved = json.loads((donor.home / "reclaimed.json").read_text())
         assert saved["nominal"] == 256 * MIB
         # As if a job used so much that without it nothing could be lent.
-        saved |= {"nominal": 1 << 50, "reserved": {"job 1": 1 << 49}}
-        (donor.home / "reserved.json").write_text(json.dumps(saved))
+        saved |= {"nominal": 1 << 50, "asked": {"job 1": 1 << 49}}
+        (donor.home / "reclaimed.json").write_text(json.dumps(saved))
         await donor.start()
         (info,) = (await operator.status()).donors
         assert info.memory.offered > 0

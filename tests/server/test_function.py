@@ -33,7 +33,7 @@ from tests.server.support import (
     open_shard,
 )
 
-Fabric = Literal["shm", "tcp"]
+Fabric = Literal["shm", "tcp", "verbs"]
 
 
 def knock(place: Place, fabric: Fabric) -> socket.socket:
@@ -76,7 +76,7 @@ FORGERIES: dict[str, tuple[Callable[[Place], Place], type[MemfaasError]]] = {
 }
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
+@pytest.mark.parametrize("fabric", ["shm", "tcp", "verbs"])
 async def test_only_a_good_ticket_opens_the_door(served: Served, folder: Path, fabric: Fabric) -> None:
     async with donor_process(served, folder), client(served.port) as ann:
         place = await ann.open_region()
@@ -88,7 +88,7 @@ async def test_only_a_good_ticket_opens_the_door(served: Served, folder: Path, f
         present(place, fabric)
 
 
-@pytest.mark.parametrize("fabric", ["shm", "tcp"])
+@pytest.mark.parametrize("fabric", ["shm", "tcp", "verbs"])
 async def test_a_forger_who_ignores_the_functions_proof_is_refused_by_it(
     served: Served, folder: Path, fabric: Fabric
 ) -> None:

@@ -24,7 +24,7 @@ from memfaas.messages import Place
 from memfaas.units import MIB
 from tests.server.support import LIMIT_S, SECRET, DonorProcess, client, open_shard
 
-TYPES = sorted(messages._TYPES)
+TYPES = sorted(messages.TYPES)
 
 scalars = st.one_of(
     st.none(),
@@ -44,7 +44,7 @@ things = st.recursive(
 
 
 def field_names(name: str) -> list[str]:
-    return list(messages._TYPES[name].__struct_fields__)
+    return list(messages.TYPES[name].__struct_fields__)
 
 
 @st.composite

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from memfaas.errors import UsageError
-from memfaas.server.home import Home
+from memfaas.server.home import Home, Legacy
 
 
 def test_a_folder_is_held_by_one_agent_and_then_by_the_next(tmp_path: Path) -> None:
@@ -23,27 +23,30 @@ def test_a_folder_is_held_by_one_agent_and_then_by_the_next(tmp_path: Path) -> N
     second.leave()
 
 
-def test_what_is_set_aside_is_kept_for_the_next_agent_and_a_folder_that_takes_no_file_stops_nobody(
+LEGACY = Legacy(asked={"job 17": 5}, due={"job 17": 1.5}, nominal=9)
+
+
+def test_what_was_reclaimed_is_kept_for_the_next_agent_and_a_folder_that_takes_no_file_stops_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home = Home(tmp_path / "run/d")
     home.enter()
-    home.save_reserved({"job 17": 5}, 9)
-    assert (Home(tmp_path / "run/d").reserved(), home.nominal()) == ({"job 17": 5}, 9)
+    home.leave_behind(LEGACY)
+    assert Home(tmp_path / "run/d").legacy() == LEGACY
     home.leave()
     home.enter()
-    assert home.reserved() == {"job 17": 5}
+    assert home.legacy() == LEGACY
     home.folder.rename(tmp_path / "elsewhere")
-    home.save_reserved({"job 17": 6}, 9)
+    home.leave_behind(Legacy({"job 17": 6}, {}, 9))
     assert "the next agent of this donor lends it again" in caplog.text
 
 
-def test_nothing_is_left_when_nothing_is_set_aside_any_more(tmp_path: Path) -> None:
+def test_nothing_is_left_when_nothing_is_reclaimed_any_more(tmp_path: Path) -> None:
     home = Home(tmp_path / "run/d")
     home.enter()
-    home.save_reserved({"job 17": 5}, 9)
-    home.save_reserved({}, 9)
-    assert home.nominal() == 0
+    home.leave_behind(LEGACY)
+    home.leave_behind(Legacy({}, {}, 9))
+    assert home.legacy() == Legacy({}, {}, 0)
     home.leave()
     assert not (tmp_path / "run").exists()
 

@@ -142,7 +142,7 @@ class MovesMachine(RuleBasedStateMachine):
             return
         move, spec = self.tables.begin_move(known, target, WAIT_S)
         if outcome == "unheard":
-            self.world.donors[target].incoming[lease] = spec
+            self.world.donors[target].arriving[lease] = spec
         self.carry_out(self.tables.move_over(known, move, "it was refused"))
 
     @precondition(lambda self: self.copies(sending))
@@ -169,10 +169,10 @@ class MovesMachine(RuleBasedStateMachine):
         if self.world.donors[name].unsaid:
             self.world.says_arrived(name)
 
-    @precondition(lambda self: any(donor.incoming for donor in self.world.donors.values()))
+    @precondition(lambda self: any(donor.arriving for donor in self.world.donors.values()))
     @rule(name=st.sampled_from(DONORS))
     def target_gives_up_waiting(self, name: str) -> None:
-        for lease in sorted(self.world.donors[name].incoming)[:1]:
+        for lease in sorted(self.world.donors[name].arriving)[:1]:
             self.world.gives_up_waiting(name, lease)
 
     @precondition(lambda self: self.copies(in_doubt))
@@ -318,7 +318,7 @@ class MovesMachine(RuleBasedStateMachine):
     def waiting_ends(self, seconds: float) -> None:
         if seconds > WAIT_S:
             for name, donor in self.world.donors.items():
-                for lease in list(donor.incoming):
+                for lease in list(donor.arriving):
                     self.world.gives_up_waiting(name, lease)
 
     # --- what always holds
@@ -394,7 +394,7 @@ class MovesMachine(RuleBasedStateMachine):
         for name, donor in self.world.donors.items():
             while donor.unsaid:
                 self.world.says_arrived(name)
-            for identity in list(donor.incoming):
+            for identity in list(donor.arriving):
                 self.world.gives_up_waiting(name, identity)
         for name, donor in self.world.donors.items():
             for identity, copy in list(donor.held.items()):

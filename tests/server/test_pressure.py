@@ -34,16 +34,16 @@ class Donor:
     def __init__(self, offered: int) -> None:
         self.time = 0.0
         self.offered = offered
-        self.reserved = 0
+        self.reclaimed = 0
         self.changes: list[int] = []
         self.governor = Governor(HEADROOM, lambda: self.time)
 
     def look(self, lendable: int) -> int:
         """`lendable` is what the node could give beyond the headroom if the donor lent nothing."""
         available = lendable + HEADROOM - self.offered
-        change = self.governor.decide(Reading(available, self.offered, self.offered, self.reserved))
+        change = self.governor.decide(Reading(available, self.offered, self.offered, self.reclaimed))
         self.offered += change
-        self.reserved -= change
+        self.reclaimed -= change
         self.time += 1.0
         if change:
             self.changes.append(change)
@@ -66,7 +66,7 @@ def test_memory_is_lent_again_slowly_and_only_after_it_was_calm() -> None:
     for _ in range(400):
         if donor.look(20 * GIB):
             times.append(donor.time)
-    assert donor.reserved == 0
+    assert donor.reclaimed == 0
     assert len(times) > 4
     assert min(later - earlier for earlier, later in pairwise(times)) >= 10
 
@@ -102,7 +102,7 @@ def test_nothing_is_ever_lent_into_the_headroom_and_changes_are_few(lendable: li
             change = donor.look(now)
             assert donor.offered <= max(0, now)
             assert change <= 0 or donor.offered + MARGIN <= now
-            assert donor.offered + donor.reserved == 16 * GIB
+            assert donor.offered + donor.reclaimed == 16 * GIB
     assert sum(change > 0 for change in donor.changes) <= donor.time / 10 + 1
 
 
@@ -157,14 +157,14 @@ async def test_a_node_that_gets_full_gets_its_memory_back_and_lends_it_again_lat
     assert (reclaimer.offered, changes) == (8 * GIB, [])
     others = 2 * MARGIN
     await trio.sleep(30)
-    assert reclaimer.reserved == {HOLDER: 2 * MARGIN}
+    assert reclaimer.reclaimed == {HOLDER: 2 * MARGIN}
     assert node.taken == 7 * GIB
     assert changes == [8 * GIB - 2 * MARGIN]
     (one,) = told
     assert (one.donor, one.asked, one.freed, one.in_time) == ("d1", 2 * MARGIN, GIB, True)
     others = 0
     await trio.sleep(300)
-    assert reclaimer.reserved == {}
+    assert reclaimer.reclaimed == {}
     assert changes[-1] == 8 * GIB
 
 

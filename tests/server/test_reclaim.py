@@ -59,7 +59,7 @@ async def test_what_nobody_leased_comes_first_and_at_once(
     result = await reclaimer.reclaim(400 * MIB, 1.0, "job 17")
     assert steps(result) == [("unlent", 400)]
     assert (result.asked, result.freed, result.in_time, result.seconds) == (400 * MIB, 400 * MIB, True, 0.0)
-    assert (reclaimer.offered, reclaimer.reserved) == (600 * MIB, {"job 17": 400 * MIB})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (600 * MIB, {"job 17": 400 * MIB})
     assert lease.bytes == 600 * MIB
 
 
@@ -196,12 +196,89 @@ async def test_what_an_earlier_agent_left_undone_is_done_by_the_next_reclaim(
     node: Node, reclaimer: Reclaimer, autojump_clock: MockClock, holder: str
 ) -> None:
     node.lend(600 * MIB)
-    reclaimer.restore({"job 17": 1000 * MIB})
+    reclaimer.restore({"job 17": 1000 * MIB}, {}, 1000 * MIB, ignore)
     assert reclaimer.offered == 0
     result = await reclaimer.reclaim(1000 * MIB, 10.0, holder, in_all=True)
     assert steps(result) == [("migrated", 600)]
     assert (result.asked, result.in_time) == (600 * MIB, True)
     assert node.leases[0].bytes == 0
+
+
+async def ignore(_: Reclaimed) -> None:
+    pass
+
+
+async def test_a_reclaim_that_an_earlier_agent_began_goes_on_by_itself_until_its_deadline(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    node.lend(300 * MIB)
+    node.lend(300 * MIB, move="no room")
+    told: list[Reclaimed] = []
+
+    async def tell(reclaimed: Reclaimed) -> None:
+        told.append(reclaimed)
+
+    began = trio.current_time()
+    reclaimer.restore({"job 17": 1000 * MIB}, {"job 17": began + 10.0}, 1000 * MIB, tell)
+    assert reclaimer.due == {"job 17": began + 10.0}
+    await trio.sleep(20.0)
+    (result,) = told
+    assert steps(result) == [("migrated", 300), ("lost", 300)]
+    assert (result.asked, result.in_time) == (600 * MIB, True)
+    assert 9.0 < result.seconds < 10.0
+    assert (node.taken, reclaimer.due) == (0, {})
+
+
+async def test_a_deadline_that_passed_while_there_was_no_agent_is_met_at_once(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    node.lend(100 * MIB)
+    stays = node.lend(600 * MIB)
+    began = trio.current_time()
+    reclaimer.restore({"job 17": 300 * MIB, "job 18": 100 * MIB}, {"job 18": began - 5.0}, 1000 * MIB, ignore)
+    await trio.sleep(1.0)
+    assert node.leases[0].ends == ["evicted"]
+    assert stays.ends == []
+
+
+async def test_what_two_were_owed_is_owed_to_them_again_by_their_deadlines(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    for _ in range(10):
+        node.lend(100 * MIB, move="no room")
+    began = trio.current_time()
+    asked = {"job 17": 400 * MIB, "job 18": 200 * MIB}
+    reclaimer.restore(asked, {"job 18": began + 20.0, "job 17": began + 10.0}, 1100 * MIB, ignore)
+    await trio.sleep(15.0)
+    assert node.taken == 700 * MIB  # 100 MiB had been paid, by the deadline that is nearest
+    await trio.sleep(10.0)
+    assert node.taken == 500 * MIB
+
+
+async def test_more_than_was_lent_before_is_no_debt(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock
+) -> None:
+    lease = node.lend(600 * MIB)
+    reclaimer.restore({"job 17": 400 * MIB}, {"job 17": trio.current_time() + 1.0}, 1000 * MIB, ignore)
+    reclaimer.nominal = 500 * MIB  # as its operator says now
+    await trio.sleep(2.0)
+    assert lease.ends == []
+
+
+@pytest.mark.parametrize("holder", ["job 17", "job 18"])
+async def test_who_asks_again_and_wants_it_sooner_gets_what_an_earlier_agent_left_undone(
+    node: Node, reclaimer: Reclaimer, autojump_clock: MockClock, holder: str
+) -> None:
+    lease = node.lend(600 * MIB, move="no room")
+    reclaimer.restore({"job 17": 1000 * MIB}, {"job 17": trio.current_time() + 60.0}, 1000 * MIB, ignore)
+    await trio.sleep(1.0)
+    result = await reclaimer.reclaim(0, 2.0, holder, in_all=True)
+    if holder == "job 17":
+        assert (result.asked, result.in_time, lease.ends) == (600 * MIB, True, ["evicted"])
+        assert reclaimer.due == {}
+    else:
+        assert (result.asked, result.in_time, lease.ends) == (0, True, [])
+        assert "job 17" in reclaimer.due
 
 
 # --- moves ------------------------------------------------------------------------------------------
@@ -413,11 +490,11 @@ async def test_requests_of_one_holder_add_up_until_it_lends_again(
     for _ in range(2):
         await reclaimer.reclaim(100 * MIB, 1.0, "job 17")
     await reclaimer.reclaim(100 * MIB, 1.0, "pressure")
-    assert reclaimer.reserved == {"job 17": 200 * MIB, "pressure": 100 * MIB}
+    assert reclaimer.reclaimed == {"job 17": 200 * MIB, "pressure": 100 * MIB}
     reclaimer.lend("pressure", 30 * MIB)
     reclaimer.lend("nobody")
     reclaimer.lend("job 17")
-    assert reclaimer.reserved == {"pressure": 70 * MIB}
+    assert reclaimer.reclaimed == {"pressure": 70 * MIB}
     assert reclaimer.offered == 930 * MIB
 
 
@@ -460,11 +537,11 @@ async def test_what_two_need_is_lent_when_neither_does(
     for job in ("job 1", "job 2"):
         result = await reclaimer.reclaim(5 * GIB, 10.0, job, in_all=True)
         assert (result.held, result.in_time, reclaimer.offered) == (1000 * MIB, True, 0)
-    assert reclaimer.reserved == {"job 1": 1000 * MIB, "job 2": 1000 * MIB}
+    assert reclaimer.reclaimed == {"job 1": 1000 * MIB, "job 2": 1000 * MIB}
     assert reclaimer.lend("job 1") == 0
-    assert (reclaimer.offered, reclaimer.reserved) == (0, {"job 2": 1000 * MIB})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (0, {"job 2": 1000 * MIB})
     assert reclaimer.lend("job 2") == 1000 * MIB
-    assert (reclaimer.offered, reclaimer.reserved) == (1000 * MIB, {})
+    assert (reclaimer.offered, reclaimer.reclaimed) == (1000 * MIB, {})
 
 
 async def test_who_needs_what_is_being_freed_for_another_waits_for_it_and_gets_it_though_that_one_ends(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from memfaas.errors import AccessError, LeaseLost, TransportError, UnknownStore
-from memfaas.messages import DonorReport, LeaseGone, Memory
+from memfaas.messages import DonorReport, LeaseGone, Memory, short
 from memfaas.server.records import DONOR_GRACE_S, REMEMBER_S, State, shard_lease
 from memfaas.units import MIB
 from tests.server.world import HEADROOM, TTL, World, new_id
@@ -294,7 +294,7 @@ def test_two_stores_of_one_name_are_both_kept(world: World) -> None:
     new = world.store(world.session(), ["e"], persistent=True)
     world.connect("d")
     assert world.tables.names["t", "s"] == new.store
-    assert world.tables.names["t", f"s~{old.store.hex()[:8]}"] == old.store
+    assert world.tables.names["t", f"s~{short(old.store)}"] == old.store
 
 
 def test_a_reconnected_session_gives_up_what_it_does_not_name(world: World) -> None:
@@ -448,7 +448,7 @@ def test_a_lease_that_was_served_to_the_end_is_not_looked_for_at_its_target(worl
     world.evict("d", region)
     with pytest.raises(LeaseLost):
         world.tables.locate("t", region)
-    assert (source.held, target.incoming) == ({}, {})
+    assert (source.held, target.arriving) == ({}, {})
     assert world.tables.renew(session, {}) == [region]
 
 

@@ -221,7 +221,7 @@ class TablesMachine(MovesMachine):
     def something_moves(self) -> bool:
         donors = self.world.donors.values()
         return any(
-            donor.unsaid or donor.incoming or not all(copy.served for copy in donor.held.values()) for donor in donors
+            donor.unsaid or donor.arriving or not all(copy.served for copy in donor.held.values()) for donor in donors
         )
 
     @rule(seconds=st.sampled_from([0.5, 10.0, TTL, DONOR_GRACE_S, REMEMBER_S]))

@@ -94,7 +94,7 @@ class DonorModel:
     spill: bool = False
     connected: bool = False
     held: dict[bytes, Copy] = field(default_factory=dict)
-    incoming: dict[bytes, LeaseSpec] = field(default_factory=dict)
+    arriving: dict[bytes, LeaseSpec] = field(default_factory=dict)
     """Memory that waits for a copy."""
     unsaid: list[bytes] = field(default_factory=list)
     """Leases that have come, which the broker has not heard yet."""
@@ -102,7 +102,7 @@ class DonorModel:
     """What it lost while the broker was away."""
 
     def leased(self) -> int:
-        specs = [one.spec for one in self.held.values()] + list(self.incoming.values())
+        specs = [one.spec for one in self.held.values()] + list(self.arriving.values())
         return sum(cost(spec.kind, spec.size) for spec in specs)
 
     def memory(self) -> Memory:
@@ -126,11 +126,11 @@ class DonorModel:
 
     def free(self, lease: bytes) -> None:
         self.held.pop(lease, None)
-        self.incoming.pop(lease, None)
+        self.arriving.pop(lease, None)
 
     def die(self) -> None:
         self.held.clear()
-        self.incoming.clear()
+        self.arriving.clear()
 
 
 class World:
@@ -156,7 +156,7 @@ class World:
         donor.connected = True
         donor.unsaid.clear()
         held = [copy.shown for copy in donor.held.values()]
-        outcome = self.tables.register(name, name, name, donor.memory(), held, donor.spill, list(donor.incoming))
+        outcome = self.tables.register(name, name, name, donor.memory(), held, donor.spill, list(donor.arriving))
         for one in [one for one in outcome.free if one.donor == name]:  # what `Registered.drop` carries
             outcome.free.remove(one)
             self.carry_out(Outcome(free=[one]))
@@ -215,7 +215,7 @@ class World:
         copy = self.donors[source].held[lease]
         known = self.tables.movable(source, lease, copy.spec.epoch)
         move, spec = self.tables.begin_move(known, target, timeout)
-        self.donors[target].incoming[lease] = spec
+        self.donors[target].arriving[lease] = spec
         assert self.tables.move_ready(known, move, self.donors[target].memory())
         copy.sending = Sending(target, spec.epoch)
 
@@ -227,7 +227,7 @@ class World:
         self.gives_up_waiting(target, lease)
 
     def gives_up_waiting(self, target: str, lease: bytes) -> None:
-        if self.donors[target].incoming.pop(lease, None) is not None:
+        if self.donors[target].arriving.pop(lease, None) is not None:
             self.say_gone(target, lease, "it did not come")
 
     def sends_all(self, source: str, lease: bytes, *, arrives: bool = True) -> None:
@@ -236,11 +236,11 @@ class World:
         assert copy.sending is not None
         copy.sending.in_doubt = True
         target = self.donors[copy.sending.donor]
-        spec = target.incoming.get(lease)
+        spec = target.arriving.get(lease)
         if spec is None or spec.epoch != copy.sending.epoch:
             return  # nobody waits for it any more
         if arrives:
-            del target.incoming[lease]
+            del target.arriving[lease]
             target.serve(spec, copy.value)
             target.unsaid.append(lease)
         else:

@@ -292,7 +292,9 @@ def test_memory_of_jobs_that_slurm_no_longer_knows_is_lent_again(site: Site) -> 
     """Their epilogs may have found neither the broker nor the donor."""
     with site.session(auth.OPERATOR) as operator:
         operator.reclaim("donor0", "10MiB", holder="slurm job 999999")
-        assert site.donors()["donor0"].reclaimed == {"slurm job 999999": 10 * MIB}
+    reclaimed = {"slurm job 999999": 10 * MIB}
+    # The broker hears of it a moment later than we do.
+    wait_for(lambda: site.donors()["donor0"].reclaimed == reclaimed, "it is set aside", _LONG_S, site.explain)
     _scan(site)
     assert site.donors()["donor0"].reclaimed == {}
 

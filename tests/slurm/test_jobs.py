@@ -136,7 +136,7 @@ def test_what_is_lent_is_published_beside_what_others_wrote() -> None:
     lends = donor({"slurm job 1": GIB})
     assert nodes.comment("", lends) == "memfaas lends 2 GiB, 1 GiB of it leased"
     assert nodes.comment("see ticket 5", lends) == "see ticket 5"
-    ours = '"memfaas":{"lent_mib":2048,"leased_mib":1024,"taken_back_mib":1024}'
+    ours = '"memfaas":{"lent_mib":2048,"leased_mib":1024,"reclaimed_mib":1024}'
     assert nodes.extra("", lends) == "{" + ours + "}"
     assert nodes.extra('{"rack": 1}', lends) == '{"rack":1,' + ours + "}"
     assert nodes.extra("free text", lends) == "free text"

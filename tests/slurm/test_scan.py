@@ -119,7 +119,7 @@ class FakeBroker:
         await rpc.Channel(stream, self, "the scan").run()
 
 
-async def test_only_what_is_set_aside_for_jobs_that_have_ended_is_lent_again(
+async def test_only_what_was_taken_back_for_jobs_that_have_ended_is_lent_again(
     nursery: trio.Nursery, slurm: FakeSlurm
 ) -> None:
     slurm.shown = {"17": "17 RUNNING\n", "18": "18 COMPLETED\n", "20": "20 RUNNING\n"}

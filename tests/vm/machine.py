@@ -19,8 +19,10 @@ from pathlib import Path
 
 SHARED = Path("/run/vm")
 """Inside the machine: the folder that is also the host's."""
-KERNEL = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memfaas/vm"
-"""Where `.ci/vm-kernel` puts it."""
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memfaas"
+"""Where `.ci/vm-files` puts what is for the machine alone."""
+KERNEL = _CACHE / "vm"
+_PYVERBS = _CACHE / "pyverbs/usr/lib/python3/dist-packages"
 _HERE = Path(__file__).parent
 _SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _PROGRAMS = ("busybox", "cpio", "modprobe", "qemu-system-x86_64")
@@ -64,7 +66,8 @@ def run(
 
     `shared` is a folder of the host, which the machine sees as /run/vm. `memory` is as qemu takes it.
     """
-    settings = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    variables = {"PYTHONPATH": str(_PYVERBS), **environment}
+    settings = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
     lines = [*settings, f"cd {shlex.quote(str(folder))} || exit", shlex.join(command)]
     (shared / "command").write_text("\n".join(lines) + "\n")
     (shared / "kernel").write_text(str(KERNEL))

@@ -49,7 +49,7 @@ class Pair:
         attr.qp_access_flags = _ACCESS
         return attr
 
-    def run(self, read: bool, size: int, _: int) -> None:
+    def run(self, read: bool, size: int) -> None:
         """Posts one, and polls until it is done. Raises FabricUnavailable."""
         near, far = self._regions
         piece = self._wr.SGE(near.buf, size, near.lkey)

@@ -10,10 +10,13 @@ from typing import Literal
 import msgspec
 
 from memfaas.bench.result import Machine, Verdict
-from memfaas.bench.stats import paired_ratio
+from memfaas.bench.stats import paired_difference, paired_ratio
 from memfaas.units import KIB, MIB
 
 SIZES = (8, 4 * KIB, 64 * KIB, MIB)
+SMALL = SIZES[:2]
+VALUE = 4 * KIB
+"""Bytes of what stores get and put."""
 BATCH = 64
 
 OURS = "memfaas"
@@ -21,9 +24,16 @@ BARE = "bare loop in C"
 PYVERBS = "pyverbs"
 PERFTEST = "perftest, many at once"
 PERFTEST_LATENCY = "perftest, one by one"
+NULL_OURS = "memfaas, no device"
+NULL_BARE = "bare loop in C, no device"
+"""Over a verbs library that does everything at once, by a copy: what is left is the software's time."""
 
 Op = Literal["read", "write", "get", "get, not seen before", "put", "exchange", "get in batches", "put in batches"]
 """exchange: a WRITE, a SEND behind it and an answer, both ends blocking: the least that a put needs."""
+
+
+class SkippedError(Exception):
+    """A way cannot take part here; the text says why."""
 
 
 class Row(msgspec.Struct, kw_only=True):
@@ -42,7 +52,7 @@ class Row(msgspec.Struct, kw_only=True):
 
 
 class VerbsResult(msgspec.Struct, kw_only=True):
-    """Everything about one run."""
+    """Everything about one run. `device`: NAME:PORT:GID, or empty when there is none."""
 
     schema: Literal["memfaas-bench-verbs/1"] = "memfaas-bench-verbs/1"
     started: str
@@ -58,13 +68,23 @@ class VerbsResult(msgspec.Struct, kw_only=True):
 
 @dataclass(frozen=True)
 class Bar:
-    """The time of `op` by memfaas, divided by that of what it is `against`, is `most` at most."""
+    """The time of `op` by memfaas, divided by that of what it is `against`, is `most` at most.
+
+    `added`: what is judged is the difference of the two, in microseconds.
+    """
 
     text: str
     op: Op
     against: tuple[str, Op]
     most: float
-    sizes: tuple[int, ...] = (4 * KIB,)
+    sizes: tuple[int, ...] = (VALUE,)
+    subject: str = OURS
+    added: bool = False
+
+
+def _adds(op: Op, against: Op, sizes: tuple[int, ...]) -> Bar:
+    text = f"no device: {op} adds at most 2 us to the bare loop"
+    return Bar(text, op, (NULL_BARE, against), 2.0, sizes, subject=NULL_OURS, added=True)
 
 
 BARS: tuple[Bar, ...] = (
@@ -77,6 +97,10 @@ BARS: tuple[Bar, ...] = (
     Bar("put: at most 1.3 x WRITE, SEND and answer", "put", (BARE, "exchange"), 1.3),
     Bar(f"get, batches of {BATCH}: 8 x the single rate", "get in batches", (OURS, "get"), 1 / 8),
     Bar(f"put, batches of {BATCH}: 8 x the single rate", "put in batches", (OURS, "put"), 1 / 8),
+    _adds("read", "read", SMALL),
+    _adds("write", "write", SMALL),
+    _adds("get", "read", (VALUE,)),
+    _adds("put", "exchange", (VALUE,)),
 )
 
 
@@ -86,9 +110,10 @@ def judge(result: VerbsResult, bars: Sequence[Bar] = BARS) -> list[Verdict]:
 
 
 def _judge(result: VerbsResult, bar: Bar, size: int) -> Verdict:
-    subject, limit = result.row(OURS, bar.op, size), result.row(*bar.against, size)
+    subject, limit = result.row(bar.subject, bar.op, size), result.row(*bar.against, size)
     why = [f"{row.way} skipped: {row.skipped}" for row in (subject, limit) if row is not None and row.skipped]
-    figure = paired_ratio(subject.us, limit.us) if subject is not None and limit is not None else None
+    compare = paired_difference if bar.added else paired_ratio
+    figure = compare(subject.us, limit.us) if subject is not None and limit is not None else None
     return Verdict(
         bar=bar.text,
         op=bar.op,

@@ -1,0 +1,1 @@
+"""`memfaas bench verbs`: the verbs fabric beside what the same device does with nothing around it."""

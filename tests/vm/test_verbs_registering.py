@@ -1,0 +1,115 @@
+"""What a function registers for its device, when, and what it has to do afterwards: nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from memfaas.testing.lease import Arrival, BareLease, BareStore, move
+from memfaas.units import MIB
+from tests.e2e.scene import until
+from tests.vm.hostile import FunctionProcess
+
+pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
+
+CHUNK = 64 * MIB
+NOISE = random.Random(8).randbytes(1 << 20)
+
+
+def pinned() -> int:
+    """Bytes of this process that devices may reach."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmPin:"))
+
+
+def test_all_is_registered_ahead_while_there_are_clients_and_none_of_it_afterwards() -> None:
+    with BareLease("region", 3 * CHUNK + MIB, timeout_s=10) as lease:
+        server = lease.server
+        assert not server.begin_registering()  # there is nobody
+        before = pinned()
+        region = lease.region(lease.verbs_link())
+        assert CHUNK <= pinned() - before < 2 * CHUNK
+        assert server.begin_registering()
+        assert not server.begin_registering()  # somebody does it already
+        assert [server.register_more() for _ in range(4)] == [True, True, True, False]
+        assert pinned() - before > 3 * CHUNK
+        assert not server.begin_registering()  # it is done
+        region.write(3 * CHUNK, b"the last chunk")
+        assert os.pread(lease.data_fd, 14, 4096 + 3 * CHUNK) == b"the last chunk"
+        server.close_verbs("it is closed")
+        assert pinned() - before < CHUNK  # what is the client's own
+        server.open_verbs()
+        assert not server.begin_registering()  # nobody came back
+        lease.region(lease.verbs_link())
+        assert server.begin_registering()
+        server.close_verbs("it is closed")
+        assert not server.register_more()
+        assert not lease.memory.registered()
+
+
+def test_it_ends_when_the_last_client_leaves_and_begins_anew_with_the_next() -> None:
+    with BareLease("region", 2 * CHUNK, timeout_s=10) as lease:
+        link = lease.verbs_link()
+        assert lease.server.begin_registering()
+        link.close()
+        until(lambda: lease.server.verbs_connections() == 0)
+        assert not lease.server.register_more()
+        lease.verbs_link()
+        link = lease.verbs_link()
+        assert lease.server.begin_registering()
+        assert lease.server.register_more()
+
+
+def test_what_was_only_registered_ahead_is_not_copied_when_the_lease_moves() -> None:
+    size = 3 * CHUNK
+    with BareLease("region", size, timeout_s=60) as lease:
+        region = lease.region(lease.verbs_link())
+        assert lease.server.begin_registering()
+        while lease.server.register_more():
+            pass
+        region.write(2 * CHUNK - 4096, NOISE[:4096])
+        lease.server.close_verbs("the lease is moving")
+        to = Arrival("region", size)
+        lease.memory.copy_all()
+        sent = lease.memory.copy_written(to.fileno(), 60)
+        assert sent <= 2 * CHUNK
+        with move(lease.memory, to, rounds=0) as there:
+            assert there.region(there.tcp_link()).read(2 * CHUNK - 4096, 4096) == NOISE[:4096]
+
+
+# --- the function's part in reads ----------------------------------------------------------------------------
+
+KEYS = 200
+SINGLE = 20_000
+ALL = 100_000
+
+
+def test_a_function_has_no_part_in_100_000_gets_and_may_even_be_stopped() -> None:
+    with FunctionProcess("shard", 16 * MIB) as function:
+        store = BareStore(2 * MIB)
+        store._set_link(0, function.link(60))
+        items = {b"%d" % number: NOISE[number : number + 100 + 20 * number] for number in range(KEYS)}
+        for key, value in items.items():
+            store.put(key, value)
+        keys = list(items)
+        before = function.cpu_ticks()
+        for turn in range(SINGLE):
+            key = keys[turn % KEYS]
+            assert store.get(key) == items[key]
+        for _ in range((ALL - SINGLE) // KEYS):  # the rest in batches, which are faster where a CPU is emulated
+            assert store.get_many(keys) == list(items.values())
+        assert function.cpu_ticks() - before <= 1
+        os.kill(function.pid, signal.SIGSTOP)
+        try:
+            for key, value in items.items():
+                assert store.get(key) == value
+            assert store.get_many([*keys, b"absent"]) == [*items.values(), None]
+            assert b"absent" not in store
+        finally:
+            os.kill(function.pid, signal.SIGCONT)
+        store.put(keys[0], b"new")
+        assert store.get(keys[0]) == b"new"
