@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import fsspec
 import numpy as np
+import pandas
 import pytest
+import zarr
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.tests.abstract import (
     AbstractCopyTests,
@@ -135,7 +136,6 @@ def test_a_mount_shows_the_same_files(spec: MemfaasFileSystem, mount: Mounter) -
 
 
 def test_pandas_reads_and_writes(spec: MemfaasFileSystem) -> None:
-    pandas: Any = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"a": range(1000), "b": np.linspace(0, 1, 1000)})
     with spec.open("s/frame.csv", "w") as file:
         frame.to_csv(file, index=False)
@@ -144,7 +144,6 @@ def test_pandas_reads_and_writes(spec: MemfaasFileSystem) -> None:
 
 
 def test_zarr_reads_and_writes(spec: MemfaasFileSystem) -> None:
-    zarr: Any = pytest.importorskip("zarr")
     store = zarr.storage.FsspecStore(AsyncFileSystemWrapper(spec, asynchronous=True), path="s/array")
     data = np.arange(10_000).reshape(100, 100)
     zarr.create_array(store, data=data, chunks=(10, 100))
