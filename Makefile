@@ -11,10 +11,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 # That extensions are named in pyproject.toml is still called experimental at each build.
 BUILD_ENV := PYTHONWARNINGS=ignore
-NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h)
+NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h fuse/*.pyx fuse/*.c fuse/*.h)
 
-BUILD_PACKAGES := gcc libc6-dev libibverbs-dev libxxhash-dev python3-dev python3-venv
-TEST_PACKAGES := iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
+BUILD_PACKAGES := fuse3 gcc libc6-dev libfuse3-dev libibverbs-dev libxxhash-dev pkg-config python3-dev python3-venv
+TEST_PACKAGES := fio git iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
 VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod perftest qemu-system-x86
 
 .PHONY: help install dev build demo test test-fast lint format bench bench-verbs peers vm clean
@@ -67,7 +67,7 @@ peers: .venv/.installed
 
 clean: ## Remove what was built and cached, but not .venv
 	@rm -rf build dist memfaas.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
-	rm -f memfaas/*.so .venv/.built
+	rm -f memfaas/*.so fuse/*.so .venv/.built
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 # --- how -----------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ clean: ## Remove what was built and cached, but not .venv
 		if "$$python" .ci/check_python.py 2> /dev/null; then
 			echo "make: .venv with $$("$$python" --version)"
 			"$$python" -m venv .venv
-			$(BIN)/pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=80' 'Cython>=3.1'
+			$(BIN)/pip install --quiet --upgrade 'pip>=25.1' 'setuptools>=80' 'setuptools-scm>=8' 'Cython>=3.1'
 			touch $@
 			exit
 		fi

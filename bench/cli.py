@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memfaas.bench import bars, idle, kv, lease, pressure, report, result
+from memfaas.bench.fs.cli import fs
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
 from memfaas.bench.reclaim import report as reclaim_report
@@ -372,3 +373,6 @@ def _progress() -> Iterator[Report]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, doing: progress.update(task, completed=min(1.0, share), description=doing)
+
+
+bench.add_command(fs)

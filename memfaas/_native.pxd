@@ -9,7 +9,7 @@ cdef extern from "memfaas.h" nogil:
         MF_MIN_SHARD, MF_MAX_KEY, MF_MAX_META, MF_MAX_MANIFEST, MF_MANIFEST
         MF_STATE_SERVING, MF_STATE_FROZEN, MF_STATE_REVOKED, MF_PARTICIPANTS
         MF_OK, MF_ABSENT, MF_FULL, MF_TOO_LARGE, MF_SMALL_BUFFER, MF_CORRUPT, MF_TIMEOUT, MF_WAIT, MF_BAD
-        MF_CHANGED, MF_NOT_HERE
+        MF_CHANGED, MF_NOT_HERE, MF_DIFFERS, MF_TAG
         MF_NEED_CONNECTION, MF_BROKEN, MF_REVOKED, MF_FROZEN, MF_STALE
     struct mf_header:
         uint8_t lease[16]
@@ -78,7 +78,7 @@ cdef extern from "wire.h" nogil:
         MF_SHM, MF_TCP, MF_VERBS
         MF_IMPATIENT, MF_PATIENT, MF_SURE
     struct mf_request:
-        uint8_t verb, flags, space
+        uint8_t verb, flags, space, conditional
         uint32_t key_len, meta_len
         uint64_t value_len, a, b, c
     struct mf_reply:
@@ -113,6 +113,8 @@ cdef extern from "wire.h" nogil:
         uint8_t flags
     struct mf_putting:
         uint8_t space, flags
+        bint conditional
+        uint64_t expected
         bint constant
         const void *key
         const void *meta

@@ -23,6 +23,7 @@ PART: Final = 1
 FLAG_LZ4: Final = 1
 FLAG_MANIFEST: Final = 2
 FLAG_ARRAY: Final = 4
+TAG_BYTES: Final = 8
 
 NEED_CONNECTION: Final[int]
 BROKEN: Final[int]
@@ -255,6 +256,13 @@ class StoreCore:
         """Stores; returns the manifest that it replaced, if what it replaced was one."""
     def _remove(self, key: bytes, space: int) -> tuple[bool, bytes | None]:
         """Whether it was there, and its manifest if it was one."""
+    def _save_if(self, key: bytes, space: int, value: Buffer, tag: bytes, flags: int, expected: bytes) -> bool:
+        """Stores with `tag` as the meta, if what is there has `expected` as its meta, or, of no bytes, if nothing is
+        there. Whether it did.
+
+        Tags are TAG_BYTES long and not all zero. Whoever uses them gives no tag twice to values of one key."""
+    def _remove_if(self, key: bytes, space: int, expected: bytes) -> bool:
+        """Deletes, if what is there has this tag. Whether it did."""
     def _scan(self, shard: int, cursor: int, space: int) -> tuple[int, list[tuple[bytes, int, int]]]:
         """A batch of (key, flags, length of the value), and the next cursor (0: that was all).
 

@@ -44,6 +44,7 @@ PART = 1
 FLAG_LZ4 = 1
 FLAG_MANIFEST = MF_MANIFEST
 FLAG_ARRAY = 4
+TAG_BYTES = MF_TAG
 NEED_CONNECTION = MF_NEED_CONNECTION
 BROKEN = MF_BROKEN
 REVOKED = MF_REVOKED
@@ -798,7 +799,8 @@ cdef class StoreCore:
     # --- put and delete
 
     cdef bint change(self, object key, mf_putting *put, bint delete) except -1:
-        """Whether something was there (delete), in any case what manifest it was (put.replaced)."""
+        """Whether it was done: something was there (delete) with the expected tag, if there is one; and what manifest it
+        was (put.replaced)."""
         cdef Link link
         cdef Py_ssize_t shard = self.pick(<const char *>put.key, put.key_len, put.space)
         cdef int status
@@ -818,7 +820,7 @@ cdef class StoreCore:
                             status = mf_link_delete(&link.link, True, put)
                         else:
                             status = mf_link_put(&link.link, True, put)
-            if status == MF_OK or status == MF_ABSENT:
+            if status == MF_OK or status == MF_ABSENT or status == MF_DIFFERS:
                 if put.value_len >= MF_LEND:
                     link.note_copies()
                 return status == MF_OK
@@ -881,6 +883,31 @@ cdef class StoreCore:
         putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, NULL)
         there = self.change(key, &put, True)
         return there, manifest_of(&put.replaced) if put.replaced.length else None
+
+    # --- on a condition
+
+    def _save_if(self, bytes key, int space, value, bytes tag, int flags, bytes expected):
+        cdef Py_buffer view
+        cdef mf_putting put
+        PyObject_GetBuffer(value, &view, PyBUF_SIMPLE)
+        try:
+            putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, &view)
+            tag_of(tag)
+            put.meta = PyBytes_AS_STRING(tag)
+            put.meta_len = MF_TAG
+            put.flags = flags
+            put.conditional = True
+            put.expected = tag_of(expected) if expected else 0
+            return self.change(key, &put, False)
+        finally:
+            PyBuffer_Release(&view)
+
+    def _remove_if(self, bytes key, int space, bytes expected):
+        cdef mf_putting put
+        putting(&put, PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key), space, NULL)
+        put.conditional = True
+        put.expected = tag_of(expected)
+        return self.change(key, &put, True)
 
     # --- many
 
@@ -1113,6 +1140,8 @@ cdef class StoreCore:
 cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_buffer *view) noexcept nogil:
     put.space = space
     put.flags = 0
+    put.conditional = False
+    put.expected = 0
     put.constant = False
     put.key = k
     put.key_len = n
@@ -1124,9 +1153,18 @@ cdef void putting(mf_putting *put, const char *k, Py_ssize_t n, int space, Py_bu
     put.replaced.length = 0
 
 
+cdef uint64_t tag_of(bytes tag) except 0:
+    cdef uint64_t number = 0
+    if PyBytes_GET_SIZE(tag) == MF_TAG:
+        memcpy(&number, PyBytes_AS_STRING(tag), MF_TAG)
+    if number == 0:
+        raise UsageError(f"a tag is {MF_TAG} bytes that are not all zero, not {tag!r}")
+    return number
+
+
 cdef void clear(mf_request *request, uint8_t verb, uint32_t key_len) noexcept nogil:
     request.verb = verb
-    request.flags = request.space = 0
+    request.flags = request.space = request.conditional = 0
     request.key_len = key_len
     request.meta_len = 0
     request.value_len = request.a = request.b = request.c = 0

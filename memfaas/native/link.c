@@ -157,11 +157,12 @@ static int change(struct mf_link *link, struct mf_request request, struct mf_put
     if ((status = take_stream(link, &stream)) != MF_OK)
         return status;
     mf_number(stream, &request, &put->change);
-    if (link->fabric == MF_VERBS) {
+    bool by_device = link->fabric == MF_VERBS && !put->conditional;
+    if (by_device) {
         int64_t deadline = mf_now() + link->timeout;
         status = mind(stream, mf_verbs_change(mf_queue_of(stream), stream, deadline, &request, put));
     }
-    if (link->fabric == MF_TCP || status == MF_WAIT) /* what finds no whole spans goes with the stream */
+    if (!by_device || status == MF_WAIT) /* what finds no whole spans goes with the stream */
         status = change_with(stream, &request, put);
     if (status != MF_BROKEN)
         put->change.id = 0;
@@ -178,6 +179,8 @@ int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         op.space = put->space;
+        op.conditional = put->conditional;
+        op.expected = put->expected;
         status = mf_put(&op, put->key, put->key_len, put->meta, put->meta_len, put->value, put->value_len, put->flags,
                         &put->replaced);
         mf_op_end(&op);
@@ -191,7 +194,21 @@ int mf_link_put(struct mf_link *link, bool patient, struct mf_putting *put) {
                                  .key_len = put->key_len,
                                  .meta_len = put->meta_len,
                                  .value_len = put->value_len};
-    return change(link, request, put);
+    if (!put->conditional)
+        return change(link, request, put);
+    uint8_t tags[2 * MF_TAG];
+    if (put->meta_len != MF_TAG)
+        return MF_BAD;
+    memcpy(tags, put->meta, MF_TAG);
+    memcpy(tags + MF_TAG, &put->expected, MF_TAG);
+    struct mf_putting both = *put;
+    both.meta = tags;
+    both.meta_len = request.meta_len = sizeof tags;
+    request.conditional = 1;
+    status = change(link, request, &both);
+    put->change = both.change;
+    put->replaced = both.replaced;
+    return status;
 }
 
 int mf_link_delete(struct mf_link *link, bool patient, struct mf_putting *put) {
@@ -203,13 +220,20 @@ int mf_link_delete(struct mf_link *link, bool patient, struct mf_putting *put) {
         struct mf_op op;
         mf_op_begin(&op, &link->memory, patient ? link->timeout : 0);
         op.space = put->space;
+        op.conditional = put->conditional;
+        op.expected = put->expected;
         status = mf_delete(&op, put->key, put->key_len, &put->replaced);
         mf_op_end(&op);
         return status;
     }
     if (!patient)
         return MF_WAIT;
-    return change(link, (struct mf_request){.verb = MF_DELETE, .space = put->space, .key_len = put->key_len}, put);
+    struct mf_request request = {.verb = MF_DELETE,
+                                 .space = put->space,
+                                 .conditional = put->conditional,
+                                 .key_len = put->key_len,
+                                 .c = put->expected};
+    return change(link, request, put);
 }
 
 int mf_link_scan(struct mf_link *link, uint8_t space, uint64_t *cursor, uint8_t *out, size_t room, size_t *length) {

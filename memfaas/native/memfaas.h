@@ -21,6 +21,7 @@ enum mf_status {
     MF_BAD,             /* arguments, or a frame, that break the rules */
     MF_CHANGED,         /* while it was read: read it again */
     MF_NOT_HERE,        /* atomics of a region that another side has (region.c) */
+    MF_DIFFERS,         /* a conditional change: what is there has another tag */
     MF_NEED_CONNECTION, /* the rest: the link can't, mend it and try again */
     MF_BROKEN,
     MF_REVOKED,
@@ -139,6 +140,8 @@ struct mf_op {
     uint32_t head_class;
     struct mf_writer *writer; /* of the connection that asked for it, or NULL */
     uint32_t number;          /* its number there */
+    uint64_t expected;        /* of a conditional change */
+    bool conditional;
     uint8_t piece_class[MF_MAX_CHUNKS];
 };
 
@@ -163,6 +166,11 @@ void mf_release(struct mf_op *op);
 void mf_span_settle(struct mf_memory *memory, uint32_t span); /* by the holder: hints, and let go */
 bool mf_span_hold(struct mf_memory *memory, uint32_t span);
 void mf_heap_stats(struct mf_memory *memory, uint64_t *used, uint64_t *free_spans);
+
+/* A conditional put or delete takes effect only if what is under the key has `expected` as its tag: the 8 bytes that
+ * are its meta (0: there must be nothing). Whoever sees to it that no two values of a key have the same tag may
+ * read, change and put back as if nobody else were there: MF_DIFFERS says that somebody was. */
+#define MF_TAG 8u
 
 #define MF_MANIFEST 2u /* flag: the value lists parts (memfaas.client.parts) */
 #define MF_MAX_MANIFEST 64u

@@ -20,6 +20,7 @@ void mf_op_begin(struct mf_op *op, struct mf_memory *memory, int64_t timeout_ns)
     op->pieces = 0;
     op->head = 0;
     op->writer = NULL;
+    op->conditional = false;
 }
 
 void mf_op_end(struct mf_op *op) {

@@ -130,13 +130,18 @@ struct mf_writer *mf_writer_of(struct connection *connection, uint64_t id) {
     return writer;
 }
 
+/* Without the tag that is expected. */
+static uint32_t kept_meta(const struct mf_request *request) {
+    return request->meta_len - (request->conditional ? MF_TAG : 0);
+}
+
 /* Small enough for the buffer: nothing of the shard is touched before all of it is here. */
 static int put_inline(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
                       struct mf_replaced *replaced) {
     const uint8_t *key = stream->in + stream->at, *meta = key + request->key_len, *value = meta + request->meta_len;
     if (mf_value_sum(meta, request->meta_len, value, request->value_len) != request->c)
         return MF_CORRUPT;
-    return mf_put(op, key, request->key_len, meta, request->meta_len, value, request->value_len, request->flags,
+    return mf_put(op, key, request->key_len, meta, kept_meta(request), value, request->value_len, request->flags,
                   replaced);
 }
 
@@ -175,7 +180,7 @@ static bool put_scattered(struct mf_op *op, struct mf_stream *stream, const stru
     bool good = mf_stream_read(stream, value, request->value_len);
     op->deadline = 0; /* the peer's time is not ours */
     if (good)
-        *status = mf_put(op, key, request->key_len, key + request->key_len, request->meta_len, value,
+        *status = mf_put(op, key, request->key_len, key + request->key_len, kept_meta(request), value,
                          request->value_len, request->flags, replaced);
     free(value);
     return good;
@@ -185,7 +190,7 @@ static bool put_scattered(struct mf_op *op, struct mf_stream *stream, const stru
  * hold while the peer takes its time. The rest waits in `tail`. False: the stream broke. */
 static bool put_chunked(struct mf_op *op, struct mf_stream *stream, const struct mf_request *request,
                         const uint8_t *key, uint8_t *tail, struct mf_replaced *replaced, int *status) {
-    *status = mf_put_reserve_spans(op, request->key_len, request->meta_len, request->value_len);
+    *status = mf_put_reserve_spans(op, request->key_len, kept_meta(request), request->value_len);
     if (*status == MF_FULL)
         return put_scattered(op, stream, request, key, replaced, status);
     mf_unpin(op);
@@ -214,6 +219,8 @@ static bool serve_put(struct connection *connection, const struct mf_request *re
     mf_op_begin(&op, connection->server->memory, OPERATION_NS);
     op.space = request->space;
     op.number = (uint32_t)request->b;
+    if ((op.conditional = request->conditional))
+        memcpy(&op.expected, stream->in + stream->at + request->key_len + kept_meta(request), MF_TAG);
     if (!(op.writer = mf_writer_of(connection, request->a)))
         return false;
     if (mf_is_inline(request->key_len, request->meta_len, request->value_len)) {
@@ -246,6 +253,8 @@ static bool serve_delete(struct connection *connection, const struct mf_request 
     op.space = request->space;
     op.writer = mf_writer_of(connection, request->a);
     op.number = (uint32_t)request->b;
+    op.conditional = request->conditional;
+    op.expected = request->c;
     if (!op.writer)
         return false;
     int status = mf_delete(&op, key, request->key_len, &replaced);
@@ -401,6 +410,8 @@ static bool serve_one(struct connection *connection) {
         request.key_len > (keyed ? MF_MAX_KEY : 0) ||
         request.meta_len > (request.verb == MF_PUT ? MF_MAX_META : 0) || request.value_len > largest ||
         request.space > 1 || (changes && (request.a == 0 || request.b == 0)) ||
+        (request.conditional && !(request.verb == MF_PUT && request.meta_len == 2 * MF_TAG) &&
+         request.verb != MF_DELETE) ||
         (!any && region != (memory->at.kind == MF_REGION))) {
         reply_status(stream, MF_BAD);
         mf_stream_flush(stream);

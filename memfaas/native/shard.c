@@ -290,6 +290,20 @@ static void note_slot(struct mf_memory *memory, const mf_slot *slot) {
     mf_note_chunk(memory, (uint64_t)((const uint8_t *)slot - memory->data) / MF_SPAN);
 }
 
+/* Whether a conditional change may go on, under the stripe's lock. */
+static bool is_as_expected(const struct mf_op *op, const struct mf_block *old) {
+    uint64_t tag = 0;
+    if (!op->conditional)
+        return true;
+    if (!old)
+        return op->expected == 0;
+    if (old->meta_len != MF_TAG || !mf_in_heap(&op->memory->at, (uint64_t)((const uint8_t *)old - op->memory->data),
+                                               sizeof *old + old->key_len + MF_TAG))
+        return false;
+    memcpy(&tag, (const uint8_t *)(old + 1) + old->key_len, sizeof tag);
+    return tag && tag == op->expected;
+}
+
 /* The slot for a new key: in the emptier of its groups, but at home while there is room to spare. */
 static mf_slot *claim_empty(struct mf_op *op, uint64_t value) {
     mf_slot *groups[2] = {group_at(op->memory, mf_home_group(&op->memory->at, op->hash)),
@@ -383,6 +397,10 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     uint64_t slot, value = mf_slot_of(op->hash, op->space, op->head_class, op->head);
     const struct mf_block *old;
     mf_slot *where = find(op, key, op->key_len, &slot, &old);
+    if (!is_as_expected(op, where ? old : NULL)) {
+        mf_unlock(op);
+        return MF_DIFFERS;
+    }
     mf_writer_intend(op, op->head, false);
     if (where)
         unlink_from(op, where, value, old, replaced);
@@ -450,6 +468,10 @@ static int delete(struct mf_op *op, const void *key, uint32_t key_len, struct mf
     uint64_t slot;
     const struct mf_block *old;
     mf_slot *where = find(op, key, key_len, &slot, &old);
+    if (!is_as_expected(op, where ? old : NULL)) {
+        mf_unlock(op);
+        return MF_DIFFERS;
+    }
     if (where) {
         mf_writer_intend(op, (uint64_t)((const uint8_t *)old - op->memory->data), true);
         unlink_from(op, where, 0, old, replaced);

@@ -33,7 +33,7 @@ struct mf_request {
     uint8_t verb;
     uint8_t flags;
     uint8_t space;
-    uint8_t pad;
+    uint8_t conditional; /* PUT, DELETE: the tag expected ends the meta, or is `c` */
     uint32_t key_len;
     uint32_t meta_len;
     uint32_t landing;   /* by a queue pair: where in the landing area the rest is, if not in the message */
@@ -160,6 +160,8 @@ int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t ke
 
 struct mf_putting {
     uint8_t space, flags;
+    bool conditional; /* on `expected`; MF_DIFFERS */
+    uint64_t expected;
     bool constant; /* nobody can change the value meanwhile */
     const void *key, *meta, *value;
     uint32_t key_len, meta_len;

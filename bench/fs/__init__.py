@@ -1,0 +1,1 @@
+"""Measures a mount beside what limits it."""

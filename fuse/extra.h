@@ -1,0 +1,22 @@
+/* The requests that pyfuse3 has no handlers for. */
+#ifndef MEMFAAS_FUSE_EXTRA_H
+#define MEMFAAS_FUSE_EXTRA_H
+
+#define FUSE_USE_VERSION 30
+#include <fcntl.h>
+#include <fuse_lowlevel.h>
+#include <stdbool.h>
+
+/* What extra.pyx does about them. `closed` and `unlocked` come before pyfuse3's own flush and release. */
+struct mf_extra {
+    void (*fallocate)(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length, struct fuse_file_info *fi);
+    void (*getlk)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock);
+    void (*setlk)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock, int sleep);
+    void (*flock)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, int op);
+    void (*closed)(fuse_ino_t ino, uint64_t owner);
+    void (*unlocked)(fuse_ino_t ino, uint64_t owner);
+};
+extern struct mf_extra mf_extra;
+extern bool mf_extra_used; /* a session was made with them */
+
+#endif

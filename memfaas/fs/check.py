@@ -1,0 +1,77 @@
+"""Is everything in a file system as it should be? For tests, and for who doubts it. Reads all keys of the store."""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+
+from memfaas.fs.cells import Cells, KeyValue
+from memfaas.fs.directory import Directories
+from memfaas.fs.records import ROOT, Inode, number_of
+
+
+@dataclass
+class Findings:
+    wrong: list[str] = field(default_factory=list)
+    """What must never be."""
+    leaked: set[int] = field(default_factory=set)
+    """Inodes that no name leads to and nobody will free: a mount was killed while it made them."""
+
+
+def check(store: KeyValue) -> Findings:
+    """Nobody may change the file system meanwhile."""
+    cells = Cells(store)
+    dirs = Directories(cells)
+    findings = Findings()
+    keys = store.keys()
+    for key in keys:
+        if key[:1] in b"idxnMR":
+            cells.load(key)  # settles what a dead one left
+    inodes = {
+        number_of(key[1:]): Inode.unpack(value)
+        for key in keys
+        if key[:1] == b"i" and (value := cells.read(key)) is not None
+    }
+    buried = {
+        number_of(value[at : at + 8])
+        for key in keys
+        if key[:1] == b"g" and (value := cells.read(key)) is not None
+        for at in range(0, len(value), 8)
+    }
+    names = _walk(dirs, inodes, findings)
+    for ino, inode in inodes.items():
+        count = names[ino]
+        if ino == ROOT or count == inode.nlink > 0:
+            continue
+        if count == 0 and ino not in buried:
+            findings.leaked.add(ino)
+        elif count != inode.nlink:
+            findings.wrong.append(f"inode {ino} has {count} names, and says {inode.nlink}")
+    for key in keys:
+        if key[:1] == b"c" and number_of(key[1:9]) not in inodes:
+            findings.wrong.append(f"a chunk of inode {number_of(key[1:9])}, which is not there")
+        if key[:1] == b"d" and cells.read(key) is not None and number_of(key[1:9]) not in inodes:
+            findings.wrong.append(f"a node of directory {number_of(key[1:9])}, which is not there")
+    return findings
+
+
+def _walk(dirs: Directories, inodes: dict[int, Inode], findings: Findings) -> Counter[int]:
+    """How many names lead to each inode from the root."""
+    names: Counter[int] = Counter()
+    waiting = [ROOT]
+    while waiting:
+        above = waiting.pop()
+        for entry in dirs.entries(above):
+            names[entry.ino] += 1
+            inode = inodes.get(entry.ino)
+            if inode is None:
+                findings.wrong.append(f"{entry.name!r} in directory {above} leads to inode {entry.ino}: not there")
+            elif stat.S_IFMT(inode.mode) != entry.type:
+                findings.wrong.append(f"{entry.name!r} in directory {above} has another type than its inode")
+            elif inode.is_dir:
+                if inode.parent != above:
+                    findings.wrong.append(f"directory {entry.ino} is in {above}, and says {inode.parent}")
+                if names[entry.ino] == 1:
+                    waiting.append(entry.ino)
+    return names

@@ -1,0 +1,329 @@
+"""The file system by paths, for programs: what `os` and `open` offer, on the files of a store."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import io
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from memfaas.errors import MemfaasError
+from memfaas.fs.directory import Entry
+from memfaas.fs.errors import errno_of, fail
+from memfaas.fs.members import BEAT_S
+from memfaas.fs.records import DEFAULT_CHUNK, ROOT, Inode
+from memfaas.fs.volume import RENAME_NOREPLACE, Attributes, Volume
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from memfaas.fs.cells import KeyValue
+    from memfaas.fs.files import OpenFile
+
+_LINKS_MAX = 40
+
+
+def _encoded(path: str | bytes) -> bytes:
+    return os.fsencode(path)
+
+
+class FileSystem:
+    """The files of a store, the same that its mounts show. May be used by many threads at once.
+
+    Raises OSError and its children, as `os` does: FileNotFoundError, FileExistsError, and OSError with the errno ENOSPC
+    when the store is full, EIO when memory of the file was lost. The caller counts as the owner of all files.
+    """
+
+    def __init__(self, store: KeyValue, *, chunk: int = DEFAULT_CHUNK) -> None:
+        """Opens the file system in a store, or makes one in an empty store, with `chunk` bytes of data under each
+        key."""
+        self._lock = threading.RLock()
+        self._owner = os.getpid()
+        self._volume = Volume(store, chunk=chunk, cache_s=0.0)
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="memfaas-fs", daemon=True)
+        self._ticker.start()
+        atexit.register(self.close)
+
+    @property
+    def chunk(self) -> int:
+        """Bytes of a file that lie together: a good size for reads and writes."""
+        return self._volume.data.chunk
+
+    def _tick(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                with self._lock:
+                    self._volume.tick()
+            except (OSError, MemfaasError):
+                pass  # the next one says what is needed; an operation that fails says so itself
+
+    def close(self) -> None:
+        """Writes what waits. Closing twice does nothing."""
+        if not self._ended.is_set():
+            self._ended.set()
+            atexit.unregister(self.close)
+            if os.getpid() != self._owner:
+                return
+            self._ticker.join()
+            with self._errors() as volume:
+                volume.close()
+
+    def __enter__(self) -> FileSystem:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _errors(self, path: str | bytes | None = None) -> Iterator[Volume]:
+        with self._lock:
+            try:
+                yield self._volume
+            except MemfaasError as error:
+                raise OSError(errno_of(error), str(error), path) from error
+            except OSError as error:
+                if path is not None and error.errno is not None:
+                    raise OSError(error.errno, os.strerror(error.errno), path) from error
+                raise
+
+    # --- paths ------------------------------------------------------------------------------------------
+
+    def _walk(self, path: bytes, follow: bool, start: int = ROOT, links: int = 0) -> tuple[int, Inode]:
+        ino = ROOT if path[:1] == b"/" else start
+        parents = [ino]
+        parts = [part for part in path.split(b"/") if part not in (b"", b".")]
+        inode = self._volume.inode(ino)
+        for at, part in enumerate(parts):
+            if part == b"..":
+                ino = inode.parent or ROOT
+                inode = self._volume.inode(ino)
+                continue
+            parent = ino
+            ino, inode = self._volume.lookup(parent, part)
+            if stat.S_ISLNK(inode.mode) and (follow or at + 1 < len(parts)):
+                if links >= _LINKS_MAX:
+                    raise fail(errno.ELOOP)
+                ino, inode = self._walk(inode.target, True, parent, links + 1)
+            parents.append(ino)
+        return ino, inode
+
+    def _above(self, path: str | bytes) -> tuple[int, bytes]:
+        """The directory that a path's last part is in."""
+        whole = _encoded(path).rstrip(b"/")
+        above, _, name = whole.rpartition(b"/")
+        if not name:
+            raise fail(errno.EBUSY)
+        return self._walk(above or b"/", True)[0], name
+
+    def stat(self, path: str | bytes, *, follow: bool = True) -> Inode:
+        with self._errors(path):
+            return self._walk(_encoded(path), follow)[1]
+
+    def exists(self, path: str | bytes) -> bool:
+        try:
+            self.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def scan(self, path: str | bytes) -> list[tuple[Entry, Inode]]:
+        """The entries of a directory, in no order."""
+        with self._errors(path) as volume:
+            ino, _ = self._walk(_encoded(path), True)
+            entries = volume.entries(ino)
+            inodes = volume.inodes([entry.ino for entry in entries])
+            return [(entry, inode) for entry, inode in zip(entries, inodes, strict=True) if inode is not None]
+
+    def list(self, path: str | bytes) -> list[str]:
+        with self._errors(path) as volume:
+            return [os.fsdecode(entry.name) for entry in volume.entries(self._walk(_encoded(path), True)[0])]
+
+    # --- changes ------------------------------------------------------------------------------------------
+
+    def mkdir(self, path: str | bytes, mode: int = 0o777, *, parents: bool = False) -> None:
+        with self._errors(path):
+            if not parents:
+                self._mkdir(path, mode)
+                return
+            parts = [part for part in _encoded(path).split(b"/") if part]
+            for count in range(1, len(parts) + 1):
+                try:
+                    self._mkdir(b"/" + b"/".join(parts[:count]), mode)
+                except FileExistsError:
+                    if count == len(parts) and not self.stat(path).is_dir:
+                        raise
+
+    def _mkdir(self, path: str | bytes, mode: int) -> None:
+        parent, name = self._above(path)
+        self._volume.make(parent, name, stat.S_IFDIR | mode, os.getuid(), os.getgid())
+
+    def remove(self, path: str | bytes) -> None:
+        with self._errors(path) as volume:
+            volume.unlink(*self._above(path))
+
+    def rmdir(self, path: str | bytes) -> None:
+        with self._errors(path) as volume:
+            volume.rmdir(*self._above(path))
+
+    def rename(self, path: str | bytes, to: str | bytes, *, replace: bool = True) -> None:
+        with self._errors(path) as volume:
+            volume.rename(*self._above(path), *self._above(to), 0 if replace else RENAME_NOREPLACE)
+
+    def link(self, path: str | bytes, to: str | bytes) -> None:
+        with self._errors(to) as volume:
+            volume.link(self._walk(_encoded(path), False)[0], *self._above(to))
+
+    def symlink(self, target: str | bytes, path: str | bytes) -> None:
+        with self._errors(path) as volume:
+            parent, name = self._above(path)
+            volume.make(parent, name, stat.S_IFLNK | 0o777, os.getuid(), os.getgid(), target=_encoded(target))
+
+    def readlink(self, path: str | bytes) -> str:
+        inode = self.stat(path, follow=False)
+        if not stat.S_ISLNK(inode.mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        return os.fsdecode(inode.target)
+
+    def set_attributes(self, path: str | bytes, wanted: Attributes) -> None:
+        with self._errors(path) as volume:
+            volume.set_attributes(self._walk(_encoded(path), True)[0], wanted)
+
+    def truncate(self, path: str | bytes, size: int) -> None:
+        self.set_attributes(path, Attributes(size=size))
+
+    def utime(self, path: str | bytes, ns: tuple[int, int] | None = None) -> None:
+        now = time.time_ns()
+        atime, mtime = ns if ns is not None else (now, now)
+        self.set_attributes(path, Attributes(atime=atime, mtime=mtime))
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    def open(self, path: str | bytes, mode: str = "rb", *, permissions: int = 0o666) -> io.BufferedIOBase:
+        """A binary file: `mode` is one of rb, r+b, wb, w+b, xb, x+b, ab, a+b, as for the function of this name."""
+        raw = self._open(path, mode, permissions)
+        kind: Any = io.BufferedRandom if "+" in mode else io.BufferedReader if "r" in mode else io.BufferedWriter
+        buffered: io.BufferedIOBase = kind(raw, self.chunk)
+        return buffered
+
+    def _open(self, path: str | bytes, mode: str, permissions: int = 0o666) -> _RawFile:
+        if len(mode.replace("b", "").replace("+", "")) != 1 or mode.strip("rwxab+") or "b" not in mode:
+            raise ValueError(f"mode {mode!r} is not one of rb, wb, xb, ab, or these with a +")
+        with self._errors(path) as volume:
+            ino, inode = self._found_or_made(path, mode, permissions)
+            if inode.is_dir:
+                raise fail(errno.EISDIR)
+            file = volume.files.open(ino, _encoded(path))
+            if "w" in mode and file.size:
+                volume.files.truncate(ino, 0, time.time_ns())
+        return _RawFile(self, file, mode)
+
+    def _found_or_made(self, path: str | bytes, mode: str, permissions: int) -> tuple[int, Inode]:
+        if "r" in mode:
+            return self._walk(_encoded(path), True)
+        while True:
+            if "x" not in mode:
+                try:
+                    return self._walk(_encoded(path), True)
+                except FileNotFoundError:
+                    pass
+            try:
+                parent, name = self._above(path)
+                return self._volume.make(parent, name, stat.S_IFREG | permissions, os.getuid(), os.getgid())
+            except FileExistsError:
+                if "x" in mode:
+                    raise
+
+    def read_bytes(self, path: str | bytes, start: int = 0, end: int | None = None) -> bytes:
+        """All of a file, or a part of it."""
+        with self._errors(path) as volume:
+            ino, _ = self._walk(_encoded(path), True)
+            file = volume.files.open(ino, _encoded(path))
+            try:
+                stop = file.size if end is None else min(end, file.size)
+                return bytes(volume.files.read(file, start, max(stop - start, 0)))
+            finally:
+                volume.files.close(file)
+
+    def write_bytes(self, path: str | bytes, data: Buffer) -> None:
+        with self._open(path, "wb") as file:
+            file.write(data)
+
+
+class _RawFile(io.RawIOBase):
+    """One open file, without a buffer of its own."""
+
+    def __init__(self, owner: FileSystem, file: OpenFile, mode: str) -> None:
+        self._owner = owner
+        self._file = file
+        self._readable = "r" in mode or "+" in mode
+        self._writable = "r" not in mode or "+" in mode
+        self._appends = "a" in mode
+        self._at = file.size if self._appends else 0
+
+    def readable(self) -> bool:
+        return self._readable
+
+    def writable(self) -> bool:
+        return self._writable
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
+        if base + offset < 0:
+            raise fail(errno.EINVAL)
+        self._at = base + offset
+        return self._at
+
+    def readinto(self, buffer: Buffer) -> int:
+        if not self._readable:
+            raise io.UnsupportedOperation("not readable")
+        view = memoryview(buffer).cast("B")
+        with self._owner._errors() as volume:
+            data = volume.files.read(self._file, self._at, len(view))
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def write(self, data: Buffer) -> int:
+        if not self._writable:
+            raise io.UnsupportedOperation("not writable")
+        piece = bytes(memoryview(data).cast("B"))
+        with self._owner._errors() as volume:
+            if self._appends:
+                self._at = volume.files.append(self._file, piece)
+            else:
+                volume.files.write(self._file, self._at, piece)
+        self._at += len(piece)
+        return len(piece)
+
+    def truncate(self, size: int | None = None) -> int:
+        if not self._writable:
+            raise io.UnsupportedOperation("not writable")
+        wanted = self._at if size is None else size
+        with self._owner._errors() as volume:
+            volume.files.truncate(self._file.ino, wanted, time.time_ns())
+        return wanted
+
+    def close(self) -> None:
+        """What was written is in the store when this returns."""
+        if not self.closed:
+            try:
+                with self._owner._errors() as volume:
+                    volume.files.close(self._file)
+            finally:
+                super().close()

@@ -1,0 +1,1 @@
+"""The file system: its core on a store, and real mounts of it."""
