@@ -40,6 +40,8 @@ _PATIENT_ATTEMPTS = 8
 _TICKET_MARGIN_S = 15.0
 _ASK_BROKER_S = 2.0
 """How long to wait for the broker before the old place is tried again."""
+_BETTER_S, _BETTER_MOST_S = 30.0, 3600.0
+"""How soon a better fabric is tried again; and then, as each try may take as long as an operation does, twice that."""
 _VACANT_S = 2.0
 """How long a shard that no donor has room for counts as empty before the broker is asked again."""
 
@@ -154,6 +156,7 @@ class Keeper:
         self._mended = 0
         """How often the link was replaced."""
         self._dialled = 0
+        self._better_s = _BETTER_S
         self._in_doubt_until = float("-inf")
 
     def after_fork(self) -> None:
@@ -336,6 +339,11 @@ class Keeper:
         self.device = opened.device
         self._dialled = 1
         self._replace(opened.link, place.epoch)
+        if self.fallback is None:
+            self._better_s = _BETTER_S
+        else:
+            self._owner.later(self._better_s * random.uniform(0.5, 1.0), lambda: self._try_better(opened.link))
+            self._better_s = min(2 * self._better_s, _BETTER_MOST_S)
         log.debug("%s: opened a %s link to donor %s", self._what, opened.link.fabric, place.donor)
 
     def _replace(self, link: Link, epoch: int) -> None:
@@ -364,6 +372,12 @@ class Keeper:
         if not self._adopt(place):
             return TransportError(f"{self._what}: the broker does not know yet that it is on donor {self.place.donor}")
         return None
+
+    def _try_better(self, link: Link) -> None:
+        """Has the next operation open a link anew: what kept the best fabric from working may be over."""
+        with self._news:
+            if self._current() is link:
+                self._install(None)
 
     def _ticket_is_old(self) -> bool:
         if not self.place.ticket:  # no donor held the lease when the store was opened

@@ -62,6 +62,7 @@ cdef extern from "memfaas.h" nogil:
     bint mf_drain(mf_memory *memory, int64_t deadline)
     int mf_copy_rest(mf_memory *memory, mf_copy *copy)
     int mf_receive(mf_memory *memory, mf_copy *copy, int data_fd)
+    bint mf_may_punch(mf_memory *memory, int64_t deadline)
     uint64_t mf_punch(mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline)
     int mf_unpunch(mf_memory *memory, int data_fd)
     uint64_t mf_punched(mf_memory *memory)

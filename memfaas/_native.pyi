@@ -108,6 +108,8 @@ class Memory:
         """Fills `arriving` memory with such a copy, to its end; then `thaw` it. EPROTO: it made no sense.
 
         `spill`: the data is a file, and does not stay in the page cache."""
+    def may_punch(self, timeout_s: float) -> bool:
+        """Whether there are free spans, which `punch` gives back; waits as it does."""
     def punch(self, data_fd: int, limit: int, timeout_s: float) -> int:
         """Gives up to `limit` bytes of free spans back to the kernel; the shard has less room. Returns bytes.
 
@@ -206,14 +208,12 @@ class VerbsLink(Link):
         """`device` as for `Server.verbs_end`. Raises FabricUnavailable with the reason."""
     def queue_pair(self) -> QueuePair:
         """For a further connection. Raises FabricUnavailable."""
-    def add(self, fd: int, pair: QueuePair, welcome: bytes) -> None:
+    def add(self, fd: int, pair: QueuePair, welcome: bytes, timeout_s: float) -> None:
         """Adds a connection with its queue pair to the link's pool (the descriptor is then the link's).
 
         Raises FabricUnavailable, also when the memory was registered anew since the link was opened; ProtocolError.
         The descriptor is the caller's then.
         """
-    copied: int
-    """How often large memory of the program's own was not taken by the device, and its bytes were copied therefore."""
 
 @final
 class QueuePair:

@@ -17,7 +17,7 @@ from cpython.buffer cimport (
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize
 from libc.errno cimport EINVAL, EMFILE, ENOMEM, EPERM, ETIMEDOUT
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 import logging
 import os
@@ -224,6 +224,14 @@ cdef class Memory:
             raise OSError(error, os.strerror(error))
         return copy.bytes
 
+    def may_punch(self, double timeout_s):
+        cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9)
+        cdef bint may
+        self.check()
+        with nogil:
+            may = mf_may_punch(&self.memory, mf_now() + timeout_ns)
+        return may
+
     def punch(self, int data_fd, uint64_t limit, double timeout_s):
         cdef uint64_t freed
         cdef int64_t timeout_ns = <int64_t>(timeout_s * 1e9)
@@ -304,7 +312,10 @@ cdef class Server:
             raise MemoryError
 
     def serve(self, int fd, ServerEnd end=None):
-        cdef int error = mf_server_serve(self.server, fd, NULL if end is None else end.take())
+        cdef mf_end *taken = NULL if end is None else end.take()
+        cdef int error
+        with nogil:
+            error = mf_server_serve(self.server, fd, taken)
         if error:
             os.close(fd)
             raise OSError(error, os.strerror(error))
@@ -338,10 +349,14 @@ cdef class Server:
             mf_verbs_close(self.server, reason)
 
     def open_verbs(self):
-        mf_verbs_reopen(self.server)
+        with nogil:
+            mf_verbs_reopen(self.server)
 
     def begin_registering(self):
-        return mf_verbs_ahead_begin(self.server)
+        cdef bint begins
+        with nogil:
+            begins = mf_verbs_ahead_begin(self.server)
+        return begins
 
     def register_more(self):
         cdef char why[MF_WHY]
@@ -383,7 +398,8 @@ cdef class ServerEnd:
 
     def __dealloc__(self):
         if self.end is not NULL:
-            mf_end_free(self.end)
+            with nogil:
+                mf_end_free(self.end)
 
 
 cdef str text_of(const char *why):
@@ -458,9 +474,6 @@ cdef class TcpLink(Link):
             raise MemoryError
 
 
-cdef int64_t TEST_NS = 3000000000  # a connection that loses so much is worse than tcp
-
-
 cdef class VerbsLink(Link):
     fabric = "verbs"
     cdef bint told
@@ -491,10 +504,11 @@ cdef class VerbsLink(Link):
         pair.address = PyBytes_FromStringAndSize(<char *>&address, sizeof(address))
         return pair
 
-    def add(self, int fd, QueuePair pair, bytes welcome):
+    def add(self, int fd, QueuePair pair, bytes welcome, double timeout_s):
         cdef mf_queue *queue = pair.queue
         cdef const mf_welcome *said = <const mf_welcome *>PyBytes_AS_STRING(welcome)
         cdef char why[MF_WHY]
+        cdef int64_t patience = <int64_t>(timeout_s * 1e9)
         cdef int error
         if pair.link is not self or queue is NULL:
             raise ValueError("this queue pair is not of this link, or is in use")
@@ -505,16 +519,14 @@ cdef class VerbsLink(Link):
         if error:
             raise FabricUnavailable(f"verbs: {text_of(why)}")
         with nogil:
-            error = mf_queue_test(queue, fd, mf_now() + TEST_NS)
-        if error:
+            error = mf_queue_test(queue, fd, mf_now() + patience)
+        if error == MF_TIMEOUT or error == MF_BROKEN:
             raise FabricUnavailable("verbs: the memory function's device does not answer ours; are they on one network?")
+        if error:
+            raise FabricUnavailable("verbs: what the memory function's device gives is not the lease's memory")
         if mf_pool_add(self.link.pool, fd, queue):
             raise MemoryError
         pair.queue = NULL
-
-    @property
-    def copied(self):
-        return self.link.remote.refused
 
     cdef int note_copies(self) except -1:
         if self.told or not self.link.remote.refused:
@@ -537,7 +549,8 @@ cdef class QueuePair:
 
     def __dealloc__(self):
         if self.queue is not NULL:
-            mf_queue_free(self.queue)
+            with nogil:
+                mf_queue_free(self.queue)
 
 
 # --- a store ------------------------------------------------------------------------------------------
@@ -1163,11 +1176,9 @@ cdef uint64_t tag_of(bytes tag) except 0:
 
 
 cdef void clear(mf_request *request, uint8_t verb, uint32_t key_len) noexcept nogil:
+    memset(request, 0, sizeof(mf_request))
     request.verb = verb
-    request.flags = request.space = request.conditional = 0
     request.key_len = key_len
-    request.meta_len = 0
-    request.value_len = request.a = request.b = request.c = 0
 
 
 cdef bytes meta_of(found_t *found):

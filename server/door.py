@@ -168,7 +168,10 @@ class Door:
         with socket.socket(fileno=stream.socket.detach()) as sock:
             sock.setblocking(True)
             # Before the client knows of its end: then none of its messages comes too early.
-            self._server.serve(os.dup(sock.fileno()), end)
+            if end is None:
+                self._server.serve(os.dup(sock.fileno()))
+            else:  # it may have to wait while others are closed
+                await trio.to_thread.run_sync(self._server.serve, os.dup(sock.fileno()), end, limiter=self._connecting)
             if end is not None:
                 _welcome(sock, end)
         if end is not None:
@@ -220,7 +223,9 @@ class Door:
         """`why` it was closed is over. Blocks."""
         with self._closing:
             self._closed_for.discard(why)
-            if not self._closed_for:
+            if self._closed_for:
+                self._server.close_verbs(next(iter(self._closed_for)))  # clients are to be told what still holds
+            else:
                 self._server.open_verbs()
 
 

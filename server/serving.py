@@ -187,6 +187,8 @@ class Served:
         populating, self._populating = self._populating, None
         if populating is not None:  # or it would bring the pages back
             populating.join()
+        if not self._memory.may_punch(_PUNCH_S):
+            return 0
         self._door.close_verbs(_PUNCHING)  # what is registered is not given back
         try:
             return self._memory.punch(self._data, size, _PUNCH_S)

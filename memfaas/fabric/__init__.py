@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -79,7 +80,9 @@ def open_link(
         if choice == "auto" and here and not served:
             return Opened(shm.open_link(place, deadline, timeout_s))
         if choice == "auto" and not here and place.endpoint.verbs and (device or read_kernel()):
-            return _open_verbs(place, device, deadline, timeout_s)
+            now = time.monotonic()
+            half = now + (deadline - now) / 2  # the rest is for tcp
+            return _open_verbs(place, device, half, timeout_s)
     except (FabricUnavailable, DeadlineExceeded) as error:
         reason = str(error)
     else:

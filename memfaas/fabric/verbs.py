@@ -17,6 +17,9 @@ from memfaas.fabric.handshake import mapped_errors, present_ticket, time_left
 if TYPE_CHECKING:
     from memfaas.messages import Place
 
+_TEST_S = 3.0
+"""A connection that takes longer for a packet is worse than tcp."""
+
 
 def open_link(place: Place, device: str, deadline: float, timeout_s: float) -> VerbsLink:
     """A link with one connection, which has been tried, from the device NAME:PORT:GID of this node.
@@ -46,5 +49,5 @@ def add_connection(link: VerbsLink, place: Place, deadline: float) -> None:
         if not isinstance(answer, messages.VerbsWelcome):
             raise ProtocolError(f"expected a welcome to a queue pair, got {type(answer).__name__}")
         sock.setblocking(True)
-        link.add(sock.fileno(), pair, answer.welcome)
+        link.add(sock.fileno(), pair, answer.welcome, min(_TEST_S, time_left(deadline)))
         sock.detach()

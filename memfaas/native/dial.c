@@ -10,6 +10,8 @@
 
 #include "verbs.h"
 
+#define LEAST_NS 1000000 /* a timeout of 0 would be none */
+
 struct pooled {
     struct mf_stream stream; /* first: a stream is its pooled */
     struct mf_queue *queue; /* or NULL */
@@ -62,8 +64,17 @@ static void end(struct pooled *one) {
     free(one);
 }
 
+void mf_pool_hurry(struct mf_stream *stream, int64_t deadline) {
+    int64_t left = deadline - mf_now();
+    stream->hurried = true;
+    mf_stream_patience(stream, left > LEAST_NS ? left : LEAST_NS);
+}
+
 void mf_pool_give(struct mf_pool *pool, struct mf_stream *stream) {
     struct pooled *one = (struct pooled *)stream;
+    if (stream->hurried && stream->error >= 0)
+        mf_stream_patience(stream, pool->timeout);
+    stream->hurried = false;
     pthread_mutex_lock(&pool->mutex);
     bool keep = stream->fd >= 0 && stream->error >= 0 && !pool->closed;
     if (keep) {

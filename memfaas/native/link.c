@@ -20,13 +20,21 @@ struct mf_stream *mf_link_stream(struct mf_link *link) {
     return usable(link) == MF_OK && link->fabric != MF_SHM ? mf_pool_take(link->pool) : NULL;
 }
 
-/* A request without a value, and the head of its reply; the stream is the caller's then, in any case. */
-static int ask(struct mf_link *link, struct mf_request request, const void *key, const void *data,
-               struct mf_stream **stream, struct mf_pull *pull) {
+/* A request without a value, and the head of its reply; the stream is the caller's then, in any case. `deadline`: of
+ * an operation that has begun already, or 0. */
+static int ask_until(struct mf_link *link, int64_t deadline, struct mf_request request, const void *key,
+                     const void *data, struct mf_stream **stream, struct mf_pull *pull) {
     int status = take_stream(link, stream);
+    if (status == MF_OK && deadline)
+        mf_pool_hurry(*stream, deadline);
     if (status == MF_OK)
         status = mf_ask(*stream, &request, key, NULL, data);
     return status == MF_OK ? mf_pull_reply(*stream, pull) : status;
+}
+
+static int ask(struct mf_link *link, struct mf_request request, const void *key, const void *data,
+               struct mf_stream **stream, struct mf_pull *pull) {
+    return ask_until(link, 0, request, key, data, stream, pull);
 }
 
 static void give(struct mf_link *link, struct mf_stream *stream) {
@@ -117,16 +125,18 @@ int mf_link_has(struct mf_link *link, bool patient, const void *key, uint32_t ke
     if (!patient)
         return MF_WAIT;
     struct mf_got got;
+    int64_t deadline = 0;
     if (link->fabric == MF_VERBS) {
         status = mf_link_get(link, MF_PATIENT, 0, key, key_len, &got);
         mf_link_leave(link, &got);
         if (status != MF_CHANGED)
             return status;
+        deadline = got.deadline;
     }
+    struct mf_request request = {.verb = MF_GET, .flags = MF_HEAD_ONLY, .key_len = key_len};
     struct mf_stream *stream;
     struct mf_pull pull;
-    status = ask(link, (struct mf_request){.verb = MF_GET, .flags = MF_HEAD_ONLY, .key_len = key_len}, key, NULL,
-                 &stream, &pull);
+    status = ask_until(link, deadline, request, key, NULL, &stream, &pull);
     give(link, stream);
     return status;
 }
@@ -161,6 +171,8 @@ static int change(struct mf_link *link, struct mf_request request, struct mf_put
     if (by_device) {
         int64_t deadline = mf_now() + link->timeout;
         status = mind(stream, mf_verbs_change(mf_queue_of(stream), stream, deadline, &request, put));
+        if (status == MF_WAIT)
+            mf_pool_hurry(stream, deadline);
     }
     if (!by_device || status == MF_WAIT) /* what finds no whole spans goes with the stream */
         status = change_with(stream, &request, put);
@@ -311,16 +323,18 @@ int mf_link_region(struct mf_link *link, uint8_t verb, uint64_t offset, void *da
     struct mf_request request = {.verb = verb, .value_len = length, .a = offset, .b = b, .c = c};
     struct mf_stream *stream;
     struct mf_pull pull = {.reply = {0}};
+    int64_t deadline = 0;
     if (link->fabric == MF_VERBS) {
         if ((status = take_stream(link, &stream)) != MF_OK)
             return status;
-        status = mind(stream, mf_verbs_region(mf_queue_of(stream), stream, mf_now() + link->timeout, verb, offset, data,
-                                              length, b, c, before));
+        deadline = mf_now() + link->timeout;
+        status = mind(stream, mf_verbs_region(mf_queue_of(stream), stream, deadline, verb, offset, data, length, b, c,
+                                              before));
         give(link, stream);
         if (status != MF_NOT_HERE)
             return status;
     }
-    status = ask(link, request, NULL, data, &stream, &pull);
+    status = ask_until(link, deadline, request, NULL, data, &stream, &pull);
     if (status == MF_OK && verb == MF_READ)
         status = mf_pull_bytes(stream, data, length);
     *before = pull.reply.a;

@@ -279,7 +279,8 @@ int mf_copy_rest(struct mf_memory *memory, struct mf_copy *copy);
 int mf_receive(struct mf_memory *memory, struct mf_copy *copy, int data_fd);
 void mf_set_epoch(struct mf_memory *memory, uint64_t epoch);
 
-/* punch.c: up to `limit` bytes of free spans back to the kernel. */
+/* punch.c: up to `limit` bytes of free spans back to the kernel, if there are any. */
+bool mf_may_punch(struct mf_memory *memory, int64_t deadline);
 uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline);
 /* For a file, `data_fd`: not without its blocks. Or -1. 0, or the errno for which some stay punched. */
 int mf_unpunch(struct mf_memory *memory, int data_fd);

@@ -52,6 +52,15 @@ static uint64_t punch(struct mf_memory *memory, int data_fd, uint64_t limit, uin
     return freed;
 }
 
+bool mf_may_punch(struct mf_memory *memory, int64_t deadline) {
+    uint64_t used, free_spans = 0;
+    if (memory->at.kind == MF_SHARD) {
+        mf_sweep(memory, deadline);
+        mf_heap_stats(memory, &used, &free_spans);
+    }
+    return free_spans > 0;
+}
+
 uint64_t mf_punch(struct mf_memory *memory, int data_fd, uint64_t limit, int64_t deadline) {
     if (memory->at.kind != MF_SHARD)
         return 0;

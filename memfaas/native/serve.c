@@ -452,6 +452,10 @@ struct mf_server *mf_server_new(struct mf_memory *memory) {
     if (!server)
         return NULL;
     server->memory = memory;
+    if (!mf_verbs_make(server)) {
+        free(server);
+        return NULL;
+    }
     mf_region_release(memory); /* a killed function's device has no part in it any more */
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);

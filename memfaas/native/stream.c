@@ -10,15 +10,20 @@
 
 #include "wire.h"
 
+void mf_stream_patience(struct mf_stream *stream, int64_t timeout_ns) {
+    struct timeval time = {timeout_ns / 1000000000, timeout_ns % 1000000000 / 1000};
+    setsockopt(stream->fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time);
+    setsockopt(stream->fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time);
+}
+
 void mf_stream_open(struct mf_stream *stream, int fd, int64_t timeout_ns) {
     stream->fd = fd;
     stream->error = 0;
     stream->id = stream->number = 0;
     stream->at = stream->have = stream->pending = 0;
-    struct timeval time = {timeout_ns / 1000000000, timeout_ns % 1000000000 / 1000};
+    stream->hurried = false;
     int one = 1, idle = 30, tries = 3;
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &time, sizeof time);
-    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &time, sizeof time);
+    mf_stream_patience(stream, timeout_ns);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     /* A node that dies sends no end: find out within a minute. */
     setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);

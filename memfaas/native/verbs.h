@@ -5,11 +5,13 @@
  * change a store it writes into what the function has lent it, its landing area and reserved spans, and sends a
  * request behind it, which one thread of the function executes.
  *
- * The memory is registered in chunks, ahead or when first used, each with a key of its own (verbs_chunks.c); all that a function registers
- * is in one protection domain, so its clients reach its own lease and their landing areas, and nothing else. */
+ * The memory is registered in chunks, ahead or when first used, each with a key of its own (verbs_chunks.c); all that a
+ * function registers is in one protection domain, so its clients reach its own lease and their landing areas, and
+ * nothing else. */
 #ifndef MEMFAAS_VERBS_H
 #define MEMFAAS_VERBS_H
 
+#include <errno.h>
 #include <infiniband/verbs.h>
 
 #include "wire.h"
@@ -57,8 +59,7 @@ extern struct mf_verbs_api mf_verbs; /* filled once a device was opened */
 
 struct mf_device {
     struct ibv_context *context;
-    char wanted[80]; /* as it was asked for */
-    char name[80];   /* device:port:gid index */
+    char name[80]; /* device:port:gid index */
     uint8_t port;
     uint8_t gid_index;
     union ibv_gid gid;
@@ -70,7 +71,7 @@ struct mf_device {
     uint8_t reads_asked; /* at once, that it asks for */
     struct mf_device *next;
 };
-/* Of this process, and never closed. `wanted`: device[:port[:gid index]], or empty. NULL: `why` says it. */
+/* Of this process, and never closed. `wanted`: device:port:gid index. NULL: `why` says it. */
 struct mf_device *mf_device_open(const char *wanted, char *why);
 
 /* verbs_queue.c: a reliable connection between two devices. */
@@ -171,7 +172,7 @@ struct mf_remote *mf_remote_new(const char *device, char *why);
 void mf_remote_free(struct mf_remote *remote);
 struct mf_queue *mf_queue_new(struct mf_remote *remote, struct mf_address *address, char *why);
 int mf_queue_connect(struct mf_queue *queue, const struct mf_welcome *welcome, char *why); /* an errno */
-/* Whether bytes come over it: those of DATA's header. MF_BROKEN: no, or others. */
+/* Whether bytes come over it: those of DATA's header. MF_TIMEOUT, MF_BROKEN: no; MF_CORRUPT: others. */
 int mf_queue_test(struct mf_queue *queue, int fd, int64_t deadline);
 void mf_queue_free(struct mf_queue *queue);
 
@@ -188,7 +189,7 @@ int mf_list_post(struct mf_list *list, struct mf_queue *queue, bool signal);
 int mf_queue_wait(struct mf_queue *queue, int fd, uint64_t done, uint64_t replies, int64_t deadline);
 /* The next reply; `room` bytes of what follows it go into `rest`. */
 int mf_queue_reply(struct mf_queue *queue, int fd, struct mf_reply *reply, void *rest, size_t room, int64_t deadline);
-int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, uint64_t offset, uint32_t *key);
+int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t offset, uint32_t *key);
 
 /* verbs_flow.c */
 #define MF_LEND (256u << 10)     /* bytes for which it takes less to register the caller's memory than to copy them */
@@ -228,6 +229,9 @@ int mf_verbs_change(struct mf_queue *queue, struct mf_stream *stream, int64_t de
 int mf_verbs_region(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint8_t verb, uint64_t offset,
                     uint8_t *data, uint64_t length, uint64_t b, uint64_t c, uint64_t *before);
 
+/* Some calls of the library fail without saying why. */
+static inline int mf_errno(void) { return errno ? errno : ENOMEM; }
+
 /* verbs_serve.c: the function's side */
 struct mf_end; /* of one connection */
 struct mf_verbs_server;
@@ -246,6 +250,7 @@ int mf_verbs_connections(struct mf_server *server);
  * `why` says which limit does not let it. */
 bool mf_verbs_ahead_begin(struct mf_server *server);
 int mf_verbs_ahead(struct mf_server *server, char *why);
+bool mf_verbs_make(struct mf_server *server);
 void mf_verbs_free(struct mf_server *server);
 
 #endif

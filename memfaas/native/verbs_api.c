@@ -1,6 +1,5 @@
 /* libibverbs.so.1, loaded when it is first needed, and the device of it that this process uses. */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
@@ -82,70 +81,32 @@ static void forget(void) {
 }
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget); }
 
-static bool is_roce_v2(const char *device, int port, int index) {
-    char path[256], type[32] = "";
-    snprintf(path, sizeof path, "/sys/class/infiniband/%s/ports/%d/gid_attrs/types/%d", device, port, index);
-    FILE *file = fopen(path, "r");
-    if (!file)
-        return false;
-    bool read = fgets(type, sizeof type, file) != NULL;
-    fclose(file);
-    return read && strncmp(type, "RoCE v2", 7) == 0;
-}
-
-static bool is_ipv4(const union ibv_gid *gid) {
-    static const uint8_t prefix[12] = {[10] = 0xff, [11] = 0xff};
-    return memcmp(gid->raw, prefix, sizeof prefix) == 0;
-}
-
 static bool is_zero(const union ibv_gid *gid) {
     static const union ibv_gid zero;
     return memcmp(gid, &zero, sizeof zero) == 0;
 }
 
-/* The best GID of a port: on Ethernet RoCE v2, which is routed, and rather by an IPv4 address. -1: none. */
-static int choose_gid(struct mf_device *device, const char *name, const struct ibv_port_attr *port) {
-    int best = -1;
-    union ibv_gid gid;
-    if (!device->ethernet)
-        return 0;
-    for (int i = 0; i < port->gid_tbl_len && i < 256; i++)
-        if (is_roce_v2(name, device->port, i) && mf_verbs.query_gid(device->context, device->port, i, &gid) == 0) {
-            if (is_ipv4(&gid))
-                return i;
-            if (best < 0)
-                best = i;
-        }
-    return best;
-}
-
 static bool use_port(struct mf_device *device, const char *name, int number, int gid, char *why) {
     struct ibv_port_attr port;
     memset(&port, 0, sizeof port);
-    device->port = (uint8_t)number;
-    if (mf_verbs.query_port(device->context, device->port, &port) || port.state != IBV_PORT_ACTIVE) {
+    if (mf_verbs.query_port(device->context, (uint8_t)number, &port) || port.state != IBV_PORT_ACTIVE) {
         snprintf(why, MF_WHY, "port %d of device %s is not active", number, name);
         return false;
     }
-    device->ethernet = port.link_layer == IBV_LINK_LAYER_ETHERNET;
-    device->lid = port.lid;
-    device->mtu = port.active_mtu;
-    if (gid < 0)
-        gid = choose_gid(device, name, &port);
-    if (gid < 0 || gid > 255 || mf_verbs.query_gid(device->context, device->port, gid, &device->gid)) {
-        snprintf(why, MF_WHY, "port %d of device %s has no address of RoCE v2", number, name);
-        return false;
-    }
-    device->gid_index = (uint8_t)gid;
-    if (is_zero(&device->gid)) {
+    if (mf_verbs.query_gid(device->context, (uint8_t)number, gid, &device->gid) || is_zero(&device->gid)) {
         snprintf(why, MF_WHY, "port %d of device %s has no address at index %d", number, name, gid);
         return false;
     }
+    device->port = (uint8_t)number;
+    device->gid_index = (uint8_t)gid;
+    device->ethernet = port.link_layer == IBV_LINK_LAYER_ETHERNET;
+    device->lid = port.lid;
+    device->mtu = port.active_mtu;
     return true;
 }
 
-static bool use_device(struct mf_device *device, struct ibv_device *one, int port, int gid, char *why) {
-    const char *name = mf_verbs.get_device_name(one);
+static bool use_device(struct mf_device *device, struct ibv_device *one, const char *name, int port, int gid,
+                       char *why) {
     struct ibv_device_attr about;
     device->context = mf_verbs.open_device(one);
     if (!device->context) {
@@ -155,56 +116,47 @@ static bool use_device(struct mf_device *device, struct ibv_device *one, int por
     bool good = mf_verbs.query_device(device->context, &about) == 0;
     if (!good)
         snprintf(why, MF_WHY, "device %s cannot be asked what it can do", name);
-    device->atomics = good && about.atomic_cap != IBV_ATOMIC_NONE;
-    device->reads = good && about.max_qp_rd_atom < MOST_READS ? (uint8_t)about.max_qp_rd_atom : MOST_READS;
-    device->reads_asked =
-        good && about.max_qp_init_rd_atom < MOST_READS ? (uint8_t)about.max_qp_init_rd_atom : MOST_READS;
-    bool found = false;
-    for (int i = port ? port : 1; good && !found && i <= (port ? port : about.phys_port_cnt); i++)
-        found = use_port(device, name, i, gid, why);
-    if (found)
-        snprintf(device->name, sizeof device->name, "%.60s:%d:%d", name, device->port, device->gid_index);
-    else
+    if (!good || !use_port(device, name, port, gid, why)) {
         mf_verbs.close_device(device->context);
-    return found;
+        return false;
+    }
+    device->atomics = about.atomic_cap != IBV_ATOMIC_NONE;
+    device->reads = about.max_qp_rd_atom < MOST_READS ? (uint8_t)about.max_qp_rd_atom : MOST_READS;
+    device->reads_asked = about.max_qp_init_rd_atom < MOST_READS ? (uint8_t)about.max_qp_init_rd_atom : MOST_READS;
+    return true;
 }
 
-/* The device by its name, or the first one with a port that works. */
-static bool search(struct mf_device *device, const char *wanted, char *why) {
-    char name[64] = "";
-    int port = 0, gid = -1, count = 0;
-    size_t length = strlen(wanted);
-    if (length >= sizeof device->wanted || (length && sscanf(wanted, "%63[^:]:%d:%d", name, &port, &gid) < 1))
-        return snprintf(why, MF_WHY, "%.60s is not device[:port[:gid index]]", wanted), false;
+static bool find(struct mf_device *device, const char *wanted, char *why) {
+    char name[64];
+    int port, gid, count = 0;
+    if (strlen(wanted) >= sizeof device->name || sscanf(wanted, "%63[^:]:%d:%d", name, &port, &gid) != 3 || port < 1 ||
+        port > 255 || gid < 0 || gid > 255) {
+        snprintf(why, MF_WHY, "%.60s is not device:port:gid index", wanted);
+        return false;
+    }
     struct ibv_device **all = mf_verbs.get_device_list(&count);
-    snprintf(why, MF_WHY, all && count ? "there is no RDMA device of this name: %.60s" : "this node has no RDMA device",
-             wanted);
-    bool found = false;
-    for (int i = 0; all && !found && i < count; i++)
-        if (!wanted[0] || strcmp(name, mf_verbs.get_device_name(all[i])) == 0)
-            found = use_device(device, all[i], port, gid, why);
+    bool found = false, there = false;
+    for (int i = 0; all && !there && i < count; i++)
+        if (strcmp(name, mf_verbs.get_device_name(all[i])) == 0) {
+            there = true;
+            found = use_device(device, all[i], name, port, gid, why);
+        }
     if (all)
         mf_verbs.free_device_list(all);
-    if (found) {
-        memcpy(device->wanted, wanted, length + 1);
-        why[0] = 0;
-    }
+    if (!there)
+        snprintf(why, MF_WHY, "this node has no RDMA device %s", name);
+    if (found)
+        memcpy(device->name, wanted, strlen(wanted) + 1);
     return found;
-}
-
-/* One that was asked for by another name may have another port or address. */
-static bool is_called(const struct mf_device *device, const char *wanted) {
-    return strcmp(device->wanted, wanted) == 0 || strcmp(device->name, wanted) == 0;
 }
 
 struct mf_device *mf_device_open(const char *wanted, char *why) {
     pthread_mutex_lock(&mutex);
     struct mf_device *device = devices;
-    for (; device; device = device->next)
-        if (device->context && is_called(device, wanted))
-            break;
+    while (device && (!device->context || strcmp(device->name, wanted) != 0))
+        device = device->next;
     struct mf_device *fresh = !device && load(why) ? calloc(1, sizeof *fresh) : NULL;
-    if (fresh && search(fresh, wanted, why)) {
+    if (fresh && find(fresh, wanted, why)) {
         fresh->next = devices;
         device = devices = fresh;
     } else

@@ -68,7 +68,7 @@ static int registered(struct mf_chunks *chunks, uint64_t chunk) {
         return EIDRM;
     uint8_t *from = memory->data + chunk * MF_CHUNK;
     chunks->registered[chunk] = mf_verbs.reg_mr(chunks->pd, from, bytes_of(chunks, chunk), access);
-    return chunks->registered[chunk] ? 0 : errno ? errno : ENOMEM;
+    return chunks->registered[chunk] ? 0 : mf_errno();
 }
 
 int mf_chunks_key(struct mf_chunks *chunks, uint64_t chunk, uint64_t *key) {

@@ -72,9 +72,9 @@ struct mf_queue *mf_queue_new(struct mf_remote *remote, struct mf_address *addre
     queue->buffer = mf_buffer_make(MF_QUEUE_BYTES);
     int error = queue->buffer ? 0 : ENOMEM;
     if (!error && !(queue->mr = mf_verbs.reg_mr(remote->pd, queue->buffer, MF_QUEUE_BYTES, IBV_ACCESS_LOCAL_WRITE)))
-        error = errno;
+        error = mf_errno();
     if (!error && !(queue->channel = mf_verbs.create_comp_channel(device->context)))
-        error = errno;
+        error = mf_errno();
     if (!error)
         error = mf_pair_make(&queue->pair, device, remote->pd, queue->channel, queue);
     if (!error) {
@@ -281,11 +281,11 @@ int mf_queue_test(struct mf_queue *queue, int fd, int64_t deadline) {
         return status;
     bool same = header->magic == MF_MAGIC && header->format == MF_FORMAT && header->kind == remote->memory.at.kind &&
                 header->size == remote->memory.at.size;
-    return same ? MF_OK : MF_BROKEN;
+    return same ? MF_OK : MF_CORRUPT;
 }
 
 /* The key for bytes from this offset of DATA on, which the function may have to register first. */
-int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, uint64_t offset, uint32_t *key) {
+int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline, uint64_t offset, uint32_t *key) {
     struct mf_remote *remote = queue->remote;
     uint64_t chunk = offset / MF_CHUNK;
     if (chunk >= remote->chunks)
@@ -294,6 +294,7 @@ int mf_queue_key(struct mf_queue *queue, struct mf_stream *stream, uint64_t offs
     if (!known) {
         struct mf_request request = {.verb = MF_KEY, .a = chunk};
         struct mf_pull pull;
+        mf_pool_hurry(stream, deadline);
         int status = mf_ask(stream, &request, NULL, NULL, NULL);
         if (status == MF_OK)
             status = mf_pull_reply(stream, &pull);

@@ -23,7 +23,7 @@ static int fetch(struct mf_queue *queue, struct mf_stream *stream, int64_t deadl
                  uint8_t *into) {
     struct mf_list list;
     uint32_t key;
-    int status = mf_queue_key(queue, stream, offset, &key);
+    int status = mf_queue_key(queue, stream, deadline, offset, &key);
     if (status != MF_OK)
         return status;
     mf_list_begin(&list);
@@ -121,7 +121,7 @@ static int ask_for(struct mf_flow *flow, struct mf_list *list, uint64_t from, ui
             continue;
         uint64_t offset = (uintptr_t)found->piece[i].iov_base + (low - start);
         uint32_t key;
-        int status = mf_queue_key(queue, flow->stream, offset, &key);
+        int status = mf_queue_key(queue, flow->stream, flow->deadline, offset, &key);
         if (status != MF_OK)
             return status;
         if (offset / MF_CHUNK != (offset + (high - low) - 1) / MF_CHUNK)
@@ -200,7 +200,7 @@ int mf_verbs_get_many(struct mf_queue *queue, struct mf_stream *stream, int64_t 
             continue;
         one->slot = 0;
         uint64_t group = mf_group_offset(mf_home_group(at, one->hash));
-        if ((status = mf_queue_key(queue, stream, group, &key)) == MF_OK)
+        if ((status = mf_queue_key(queue, stream, deadline, group, &key)) == MF_OK)
             mf_list_read(&list, queue, queue->buffer + one->at, MF_GROUP * sizeof(mf_slot), remote->data + group, key);
     }
     if (status == MF_OK && list.count && (status = mf_list_post(&list, queue, true)) == MF_OK)
@@ -215,7 +215,7 @@ int mf_verbs_get_many(struct mf_queue *queue, struct mf_stream *stream, int64_t 
         one->at = room;
         one->status = MF_OK;
         room += size;
-        if ((status = mf_queue_key(queue, stream, offset, &key)) == MF_OK)
+        if ((status = mf_queue_key(queue, stream, deadline, offset, &key)) == MF_OK)
             mf_list_read(&list, queue, queue->buffer + one->at, size, remote->data + offset, key);
     }
     if (status == MF_OK && list.count && (status = mf_list_post(&list, queue, true)) == MF_OK)

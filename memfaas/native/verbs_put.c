@@ -83,7 +83,7 @@ static int write_unit(struct mf_flow *flow, struct mf_list *list, uint64_t from,
     uint64_t offset = writing->offsets[from / MF_SPAN] + from % MF_SPAN, *sum = writing->sums + from / MF_SEGMENT;
     const uint8_t *value = flow->data + from;
     uint32_t key;
-    int status = mf_queue_key(queue, flow->stream, offset, &key);
+    int status = mf_queue_key(queue, flow->stream, flow->deadline, offset, &key);
     for (uint64_t at = 0; status == MF_OK && at < count; at += MF_SEGMENT)
         *sum++ = here == value ? mf_hash(value + at, MF_SEGMENT, 0)
                                : mf_hash_copy(here + at, value + at, MF_SEGMENT, false);

@@ -32,7 +32,7 @@ int mf_pair_make(struct mf_pair *pair, struct mf_device *device, struct ibv_pd *
     pair->device = device;
     pair->cq = mf_verbs.create_cq(device->context, MF_SENDS + 2 * MF_SLOTS, context, channel, 0);
     if (!pair->cq)
-        return errno;
+        return mf_errno();
     struct ibv_qp_init_attr wanted = {
         .send_cq = pair->cq,
         .recv_cq = pair->cq,
@@ -46,7 +46,7 @@ int mf_pair_make(struct mf_pair *pair, struct mf_device *device, struct ibv_pd *
         pair->qp = mf_verbs.create_qp(pd, &wanted);
     }
     if (!pair->qp || getrandom(&pair->psn, sizeof pair->psn, 0) != sizeof pair->psn) {
-        int error = errno;
+        int error = mf_errno();
         mf_pair_free(pair);
         return error;
     }

@@ -20,7 +20,7 @@ static int begin(struct mf_flow *flow, struct mf_list *list, uint64_t from, uint
     while (count) {
         uint64_t left = MF_CHUNK - offset % MF_CHUNK, some = count < left ? count : left;
         uint32_t key;
-        int status = mf_queue_key(queue, flow->stream, offset, &key);
+        int status = mf_queue_key(queue, flow->stream, flow->deadline, offset, &key);
         if (status != MF_OK)
             return status;
         if (flow->reads)
@@ -56,12 +56,13 @@ static int move(struct mf_queue *queue, struct mf_stream *stream, int64_t deadli
 }
 
 /* MF_NOT_HERE: they are the CPUs', so the function has to do it. */
-static int claim(struct mf_queue *queue, struct mf_stream *stream) {
+static int claim(struct mf_queue *queue, struct mf_stream *stream, int64_t deadline) {
     _Atomic uint32_t *atomics = &queue->remote->atomics;
     uint32_t known = atomic_load(atomics);
     if (known == MF_ATOMICS_NOBODY) {
         struct mf_request request = {.verb = MF_CLAIM};
         struct mf_pull pull;
+        mf_pool_hurry(stream, deadline);
         int status = mf_ask(stream, &request, NULL, NULL, NULL);
         if (status == MF_OK)
             status = mf_pull_reply(stream, &pull);
@@ -78,8 +79,8 @@ static int change_word(struct mf_queue *queue, struct mf_stream *stream, int64_t
     struct mf_list list;
     uint8_t *into = queue->buffer + MF_GROUPS_AT;
     uint32_t key;
-    int status = claim(queue, stream);
-    if (status == MF_OK && (status = mf_queue_key(queue, stream, offset, &key)) == MF_BROKEN)
+    int status = claim(queue, stream, deadline);
+    if (status == MF_OK && (status = mf_queue_key(queue, stream, deadline, offset, &key)) == MF_BROKEN)
         status = MF_NEED_CONNECTION;
     if (status != MF_OK)
         return status;

@@ -50,7 +50,7 @@ struct mf_end {
 struct mf_verbs_server {
     struct mf_server *server;
     struct mf_memory *memory;
-    struct mf_chunks chunks; /* whose turn is taken before `turns`, as it takes longer */
+    struct mf_chunks chunks; /* order of locks: the chunks' turn, then `turns`, then server->mutex */
     struct mf_turns turns;   /* for all below; the thread comes last */
     struct mf_device *device;
     struct ibv_pd *pd;
@@ -62,8 +62,9 @@ struct mf_verbs_server {
     uint32_t closings;
     uint64_t generation;
     struct mf_end *all;
-    int count;  /* of those */
-    int places; /* taken, also by those who come and go */
+    unsigned first; /* of those, to be drained next */
+    _Atomic int count; /* of those */
+    int places;        /* taken, also by those who come and go */
     enum { TO_DO, IN_WORK, DONE } ahead; /* to register what nobody has asked for yet */
 };
 
@@ -296,14 +297,19 @@ static bool goes_on(struct mf_verbs_server *verbs, unsigned *done) {
     return (*done)++ == 0 || !atomic_load(&verbs->turns.wanted);
 }
 
-/* What the last turn has left over. */
+/* What the last turn has left over, beginning with somebody else each time. */
 static bool drain_more(struct mf_verbs_server *verbs) {
+    unsigned done = 0, from = verbs->count ? verbs->first++ % (unsigned)verbs->count : 0;
     bool any = false;
-    unsigned done = 0;
-    for (struct mf_end *end = verbs->all; end; end = end->next) {
-        if (end->more && goes_on(verbs, &done))
-            end->more = drain(end);
-        any = any || end->more;
+    for (int before = 0; before < 2; before++) {
+        unsigned at = 0;
+        for (struct mf_end *end = verbs->all; end; end = end->next) {
+            if ((at++ < from) != (before == 1))
+                continue;
+            if (end->more && goes_on(verbs, &done))
+                end->more = drain(end);
+            any = any || end->more;
+        }
     }
     return any;
 }
@@ -367,18 +373,15 @@ static void close_all(struct mf_verbs_server *verbs, const char *why) {
 
 /* --- opening ------------------------------------------------------------------------------------------------ */
 
-static struct mf_verbs_server *server_of(struct mf_server *server) {
-    pthread_mutex_lock(&server->mutex);
-    struct mf_verbs_server *verbs = server->verbs;
-    if (!verbs && (verbs = calloc(1, sizeof *verbs))) {
-        verbs->server = server;
-        verbs->memory = server->memory;
-        mf_turns_make(&verbs->turns);
-        mf_chunks_make(&verbs->chunks, server->memory);
-        server->verbs = verbs;
-    }
-    pthread_mutex_unlock(&server->mutex);
-    return verbs;
+bool mf_verbs_make(struct mf_server *server) {
+    struct mf_verbs_server *verbs = server->verbs = calloc(1, sizeof *verbs);
+    if (!verbs)
+        return false;
+    verbs->server = server;
+    verbs->memory = server->memory;
+    mf_turns_make(&verbs->turns);
+    mf_chunks_make(&verbs->chunks, server->memory);
+    return true;
 }
 
 /* With the first client; by who has both turns. */
@@ -396,7 +399,7 @@ static int prepare(struct mf_verbs_server *verbs, const char *name, char *why) {
         verbs->channel = verbs->pd ? mf_verbs.create_comp_channel(device->context) : NULL;
         verbs->wake = eventfd(0, EFD_CLOEXEC);
         error = !verbs->channel || verbs->wake < 0 || fcntl(verbs->channel->fd, F_SETFL, O_NONBLOCK) < 0
-                    ? errno
+                    ? mf_errno()
                     : start_thread(verbs);
     }
     if (!error) {
@@ -426,7 +429,7 @@ static int connect_end(struct mf_end *end, const struct mf_address *peer) {
     end->landing = mf_verbs.reg_mr(verbs->pd, end->buffer + AREA, MF_LANDING,
                                    IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
     if (!end->messages || !end->landing)
-        return errno;
+        return mf_errno();
     unsigned access = IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE;
     if (verbs->memory->at.kind == MF_REGION)
         access |= IBV_ACCESS_REMOTE_ATOMIC;
@@ -463,6 +466,10 @@ static int admit(struct mf_verbs_server *verbs, const char *device, const struct
     } else if (state != MF_STATE_SERVING) { /* it may be served elsewhere, and a device does not look at this */
         snprintf(why, MF_WHY, state == MF_STATE_FROZEN ? "the lease is moving" : "the lease is over");
         error = EAGAIN;
+    } else if (peer->version != MF_VERBS_VERSION) {
+        snprintf(why, MF_WHY, "the client speaks version %u of verbs, the function %u", peer->version,
+                 MF_VERBS_VERSION);
+        error = EPROTO;
     } else if (!mf_address_good(peer)) {
         snprintf(why, MF_WHY, "the client's address makes no sense");
         error = EPROTO;
@@ -513,8 +520,8 @@ static void free_end(struct mf_end *end) {
 
 struct mf_end *mf_end_new(struct mf_server *server, const char *device, const struct mf_address *peer,
                           struct mf_welcome *welcome, char *why) {
-    struct mf_verbs_server *verbs = server_of(server);
-    struct mf_end *end = verbs ? calloc(1, sizeof *end) : NULL;
+    struct mf_verbs_server *verbs = server->verbs;
+    struct mf_end *end = calloc(1, sizeof *end);
     uint64_t first_key = 0;
     uint32_t closings;
     why[0] = 0;
@@ -546,8 +553,8 @@ struct mf_end *mf_end_new(struct mf_server *server, const char *device, const st
 void mf_end_bind(struct mf_end *end, struct connection *connection) {
     mf_turns_enter(&end->verbs->turns);
     end->connection = connection;
-    if (!end->link)
-        lose(end); /* it was closed meanwhile */
+    if (!end->link || end->broken) /* verbs was closed meanwhile, or its first messages made no sense */
+        lose(end);
     mf_turns_leave(&end->verbs->turns);
 }
 
@@ -591,39 +598,25 @@ int mf_end_claim(struct mf_end *end) {
 }
 
 void mf_verbs_close(struct mf_server *server, const char *why) {
-    struct mf_verbs_server *verbs = server_of(server);
-    if (!verbs)
-        return; /* nobody can come in either */
+    struct mf_verbs_server *verbs = server->verbs;
     mf_turns_enter(&verbs->chunks.turns);
     close_all(verbs, why);
     mf_turns_leave(&verbs->chunks.turns);
 }
 
 void mf_verbs_reopen(struct mf_server *server) {
-    struct mf_verbs_server *verbs = server_of(server);
-    if (!verbs)
-        return;
+    struct mf_verbs_server *verbs = server->verbs;
     mf_turns_enter(&verbs->turns);
     verbs->closed[0] = 0;
     mf_turns_leave(&verbs->turns);
 }
 
-int mf_verbs_connections(struct mf_server *server) {
-    struct mf_verbs_server *verbs = server_of(server);
-    if (!verbs)
-        return 0;
-    mf_turns_enter(&verbs->turns);
-    int count = verbs->count;
-    mf_turns_leave(&verbs->turns);
-    return count;
-}
+int mf_verbs_connections(struct mf_server *server) { return atomic_load(&server->verbs->count); }
 
 /* --- registering ahead -------------------------------------------------------------------------------------- */
 
 bool mf_verbs_ahead_begin(struct mf_server *server) {
-    struct mf_verbs_server *verbs = server_of(server);
-    if (!verbs)
-        return false;
+    struct mf_verbs_server *verbs = server->verbs;
     mf_turns_enter(&verbs->turns);
     bool begins = verbs->ahead == TO_DO && verbs->count > 0 && !verbs->closed[0];
     if (begins)
@@ -656,8 +649,6 @@ int mf_verbs_ahead(struct mf_server *server, char *why) {
 
 void mf_verbs_free(struct mf_server *server) {
     struct mf_verbs_server *verbs = server->verbs;
-    if (!verbs)
-        return;
     mf_verbs_close(server, "the function ends");
     if (verbs->pd) {
         uint64_t one = 1;

@@ -68,11 +68,13 @@ struct mf_stream {
     uint64_t id; /* client: names the connection to the function, with the number of its last change */
     uint32_t number;
     size_t at, have, pending;
+    bool hurried; /* it has less time than others of its pool */
     /* Aligned: into an address that is 16 mod 64, as malloc gives, some CPUs copy at a third of the speed. */
     uint8_t in[MF_BUFFER] __attribute__((aligned(64)));
     uint8_t out[MF_BUFFER] __attribute__((aligned(64)));
 };
 void mf_stream_open(struct mf_stream *stream, int fd, int64_t timeout_ns);
+void mf_stream_patience(struct mf_stream *stream, int64_t timeout_ns); /* for each wait */
 bool mf_stream_send(struct mf_stream *stream, const struct iovec *pieces, size_t count); /* after flushing */
 /* Sends until the deadline what the peer takes; the pieces then are what is left. */
 bool mf_stream_send_until(struct mf_stream *stream, struct iovec **pieces, size_t *count, int64_t deadline);
@@ -103,6 +105,8 @@ struct mf_pool *mf_pool_new(int64_t timeout_ns);
 int mf_pool_add(struct mf_pool *pool, int fd, struct mf_queue *queue); /* queue: NULL, or a queue pair beside it */
 struct mf_queue *mf_queue_of(struct mf_stream *stream);
 struct mf_stream *mf_pool_take(struct mf_pool *pool); /* NULL: none is free */
+/* Until it is given back it waits no longer than until then: part of an operation is over already. */
+void mf_pool_hurry(struct mf_stream *stream, int64_t deadline);
 void mf_pool_give(struct mf_pool *pool, struct mf_stream *stream); /* a broken one is closed */
 void mf_pool_close(struct mf_pool *pool);
 void mf_pool_free(struct mf_pool *pool);

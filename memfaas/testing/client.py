@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from memfaas._native import BROKEN, FROZEN, NEED_CONNECTION, LinkDown, ShmLink, TcpLink, VerbsLink
 from memfaas.errors import FabricUnavailable, KeyAbsent, StoreFull
+from memfaas.fabric.devices import chosen_device
 from memfaas.testing.function import admitted, welcomed
 from memfaas.testing.history import Recorder, Step
 from memfaas.testing.lease import BareStore
@@ -86,14 +87,14 @@ def add_verbs(link: VerbsLink, port: int) -> None:
     pair = link.queue_pair()
     sock, welcome = _connect(socket.AF_INET, ("127.0.0.1", port), lambda sock: welcomed(sock, pair.address))
     with sock:
-        link.add(sock.fileno(), pair, welcome)
+        link.add(sock.fileno(), pair, welcome, _PATIENCE_S)
         sock.detach()
 
 
 def connect_verbs(port: int, timeout_s: float) -> VerbsLink:
     deadline = time.monotonic() + _PATIENCE_S
     while True:
-        link = VerbsLink(b"", timeout_s)
+        link = VerbsLink(chosen_device().encode(), timeout_s)
         try:
             add_verbs(link, port)
             return link

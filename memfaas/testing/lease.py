@@ -29,6 +29,7 @@ from memfaas._native import (
     format_memory,
     geometry,
 )
+from memfaas.fabric.devices import chosen_device
 
 if TYPE_CHECKING:
     from memfaas._native import Value
@@ -115,14 +116,14 @@ class BareRegion(RegionCore):
 class BareLease:
     """Memory, the function that serves it, and its clients, all in this process.
 
-    `device`: the RDMA device of both ends, for links over verbs; empty: the first that works.
+    `device`: the RDMA device of both ends, for links over verbs, as NAME:PORT:GID; empty: the first that works.
     """
 
     def __init__(
         self, kind: Kind, size: int, *, timeout_s: float = 30.0, arriving: bool = False, device: str = ""
     ) -> None:
         self.timeout_s = timeout_s
-        self._device = device.encode()
+        self._device = device
         self.data_fd, self.control_fd = make_memory(kind, size, arriving=arriving)
         self.memory = Memory(self.data_fd, self.control_fd)
         self.server = Server(self.memory)
@@ -168,17 +169,20 @@ class BareLease:
         return link
 
     def verbs_link(self, connections: int = 1) -> VerbsLink:
-        link = VerbsLink(self._device, self.timeout_s)
+        link = VerbsLink(self._verbs_device(), self.timeout_s)
         for _ in range(connections):
             self.add_queue_pair(link)
         return link
 
     def add_queue_pair(self, link: VerbsLink) -> None:
         pair = link.queue_pair()
-        end = self.server.verbs_end(self._device, pair.address)
+        end = self.server.verbs_end(self._verbs_device(), pair.address)
         near, far = tcp_pair()
         self.server.serve(far.detach(), end)
-        link.add(near.detach(), pair, end.welcome)
+        link.add(near.detach(), pair, end.welcome, self.timeout_s)
+
+    def _verbs_device(self) -> bytes:
+        return (self._device or chosen_device()).encode()
 
     def store(self, link: ShmLink | TcpLink | VerbsLink) -> BareStore:
         """On tcp and verbs it gets new connections when it has none left, but what breaks one is an error."""

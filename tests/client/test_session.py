@@ -21,6 +21,7 @@ import pytest
 
 import memfaas
 from memfaas import auth, fabric
+from memfaas.client import keeper as keepers
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, _close_all
 from memfaas.errors import (
@@ -343,6 +344,24 @@ def test_shm_that_fails_falls_back_loudly(
     assert store.get("a") == b"1"
     assert "over tcp, which is slower" in caplog.text
     assert {shard.fallback is None for shard in store.info().shards} == {False}
+
+
+def test_the_best_fabric_is_tried_again_and_taken_when_it_works(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepers, "_BETTER_S", 0.1)
+    store = session.store("s", size="8MiB")
+    good = {keeper: keeper.place for keeper in store.keepers}
+    for keeper, place in good.items():
+        keeper._better_s = 0.1
+        nowhere = msgspec.structs.replace(place.endpoint, unix_path="/does/not/exist")
+        keeper.place = msgspec.structs.replace(place, endpoint=nowhere)
+    store.put("a", b"1")
+    assert "tcp" in {shard.fabric for shard in store.info().shards}
+    for keeper, place in good.items():
+        keeper.place = place
+    until(lambda: store.get("a") == b"1" and {shard.fabric for shard in store.info().shards} <= {"shm", None})
+    assert {shard.fallback for shard in store.info().shards} == {None}
 
 
 def test_a_pinned_fabric_that_fails_is_an_error(cluster: LocalCluster) -> None:

@@ -77,7 +77,7 @@ class Hostile:
         assert self._client.value, "the device does not let us"
         address = ctypes.create_string_buffer(32)
         _library().hostile_address(self._client, address)
-        end = lease.server.verbs_end(b"", address.raw)
+        end = lease.server.verbs_end(chosen_device().encode(), address.raw)
         self.welcome = Welcome.of(end.welcome)
         self.stream, far = tcp_pair()
         lease.server.serve(far.detach(), end)
@@ -129,12 +129,13 @@ class Hostile:
 
 _FUNCTION = """
 import socket, sys
+from memfaas.fabric.devices import chosen_device
 from memfaas.testing.lease import BareLease
 lease = BareLease(sys.argv[1], int(sys.argv[2]))
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
     for line in sys.stdin:
-        end = lease.server.verbs_end(b"", bytes.fromhex(line))
+        end = lease.server.verbs_end(chosen_device().encode(), bytes.fromhex(line))
         lease.server.serve(listener.accept()[0].detach(), end)
         print(end.welcome.hex(), flush=True)
 """
@@ -154,13 +155,13 @@ class FunctionProcess:
         return self._process.stdout.readline()
 
     def link(self, timeout_s: float) -> VerbsLink:
-        link = VerbsLink(b"", timeout_s)
+        link = VerbsLink(chosen_device().encode(), timeout_s)
         pair = link.queue_pair()
         assert self._process.stdin is not None
         self._process.stdin.write(pair.address.hex() + "\n")
         self._process.stdin.flush()
         sock = socket.create_connection(("127.0.0.1", self._port))
-        link.add(sock.detach(), pair, bytes.fromhex(self._read()))
+        link.add(sock.detach(), pair, bytes.fromhex(self._read()), timeout_s)
         return link
 
     def cpu_ticks(self) -> int:

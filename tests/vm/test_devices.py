@@ -10,8 +10,6 @@ from click.testing import CliRunner
 from memfaas.cli import main
 from memfaas.errors import FabricUnavailable
 from memfaas.fabric import devices, loopback
-from memfaas.testing.lease import BareLease
-from memfaas.units import MIB
 
 pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
 
@@ -36,18 +34,10 @@ def test_pyverbs_sees_what_the_kernel_says() -> None:
 def test_a_page_goes_through_the_device_and_not_through_one_that_is_not_there() -> None:
     took = loopback.measure(devices.chosen_device())
     assert took.read_us > 0
-    with pytest.raises(FabricUnavailable, match="no address at index 200"):
+    with pytest.raises(FabricUnavailable, match="has no address at index 200"):
         loopback.measure("rxe0:1:200")
-    with pytest.raises(FabricUnavailable, match="rxe7"):
+    with pytest.raises(FabricUnavailable, match="no RDMA device rxe7"):
         loopback.measure("rxe7:1:0")
-
-
-def test_a_device_that_was_tried_in_vain_is_not_taken_for_another_one() -> None:
-    for pinned in ("rxe0", "", devices.chosen_device()):
-        with BareLease("region", MIB, device=pinned) as lease:
-            region = lease.region(lease.verbs_link())
-            region.write(0, b"page")
-            assert region.read(0, 4) == b"page"
 
 
 def test_the_doctor_tries_the_device() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from memfaas._native import BROKEN, LinkDown, VerbsLink
 from memfaas.errors import FabricUnavailable, ProtocolError
+from memfaas.fabric.devices import chosen_device
 from memfaas.testing.lease import Arrival, BareLease, move, tcp_pair
 from tests.e2e.scene import until
 
@@ -116,20 +117,20 @@ WELCOME = struct.Struct("<32s5Q2I")
 
 def forged(lease: BareLease, **wrong: int) -> None:
     """Connects as if the function had said something else, and reads where that says the memory is."""
-    link = VerbsLink(b"", 5)
+    link = VerbsLink(chosen_device().encode(), 5)
     pair = link.queue_pair()
-    end = lease.server.verbs_end(b"", pair.address)
+    end = lease.server.verbs_end(chosen_device().encode(), pair.address)
     near, far = tcp_pair()
     lease.server.serve(far.detach(), end)
     names = ("address", "generation", "kind", "size", "data", "landing", "landing_key", "first_key")
     said = dict(zip(names, WELCOME.unpack(end.welcome), strict=True)) | wrong
     with near:
-        link.add(near.fileno(), pair, WELCOME.pack(*(said[name] for name in names)))
+        link.add(near.fileno(), pair, WELCOME.pack(*(said[name] for name in names)), 5)
         near.detach()
 
 
 def place_of(lease: BareLease) -> dict[str, int]:
-    link = VerbsLink(b"", 5)
+    link = VerbsLink(chosen_device().encode(), 5)
     end = lease.server.verbs_end(b"", link.queue_pair().address)
     *_, data, _, _, key = WELCOME.unpack(end.welcome)
     return {"data": data, "first_key": key}
@@ -156,7 +157,7 @@ def test_a_client_reaches_its_own_lease_and_nothing_else() -> None:
 
 def test_addresses_that_make_no_sense_are_refused() -> None:
     with BareLease("region", 1 << 20) as lease:
-        good = VerbsLink(b"", 5).queue_pair().address
+        good = VerbsLink(chosen_device().encode(), 5).queue_pair().address
         for address in (b"", good[:-1], bytes(32), b"\xff" * 32):
             with pytest.raises((FabricUnavailable, ProtocolError)):
                 lease.server.verbs_end(b"", address)

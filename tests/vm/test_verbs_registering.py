@@ -16,6 +16,7 @@ import pytest
 
 from memfaas._native import LinkDown, VerbsLink
 from memfaas.errors import FabricUnavailable
+from memfaas.fabric.devices import chosen_device
 from memfaas.testing.lease import Arrival, BareLease, BareStore, move
 from memfaas.units import MIB
 from tests.e2e.scene import until
@@ -154,9 +155,9 @@ def test_a_limit_of_locked_memory_ends_it_and_is_named() -> None:
 
 def test_a_limit_below_one_chunk_is_named_too() -> None:
     with limited(8 * MIB), BareLease("region", CHUNK) as lease:
-        address = VerbsLink(b"", 5).queue_pair().address
+        address = VerbsLink(chosen_device().encode(), 5).queue_pair().address
         with pytest.raises(FabricUnavailable, match="limit of locked memory"):
-            lease.server.verbs_end(b"", address)
+            lease.server.verbs_end(chosen_device().encode(), address)
 
 
 # --- the function's part in reads ----------------------------------------------------------------------------
