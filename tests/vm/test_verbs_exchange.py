@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 import trio
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from memfaas import _native, auth, messages, rpc
-from memfaas.errors import MemfaasError
+from memfaas import _native, auth, fabric, messages, rpc
+from memfaas.errors import FabricUnavailable, MemfaasError
 from memfaas.fabric import devices, handshake, verbs
 from memfaas.messages import Endpoint, LeaseSpec, Place
 from memfaas.server.door import Door
@@ -46,8 +47,8 @@ thorough = settings(
 
 
 class World:
-    """A door in a thread, which serves one lease, and a listener beside it that admits as the door does and then says
-    whatever `says` gives for a client's hello."""
+    """A door in a thread, which serves one lease, and a listener beside it that admits as the door does and then, over
+    verbs, says whatever `says` gives for a client's hello."""
 
     def __init__(self, folder: Path) -> None:
         self.spec = LeaseSpec(lease=os.urandom(16), tenant="ann", kind="shard", size=SIZE, epoch=1)
@@ -85,8 +86,13 @@ class World:
         return place(self.spec, "d", endpoint, SECRET)
 
     async def _pretend(self, stream: trio.SocketStream) -> None:
-        if await self._doorman.admit(stream, "verbs"):
+        if admitted := await self._doorman.admit(stream, "tcp", "verbs"):
             await rpc.send_message(stream, messages.Welcome())
+            if admitted.fabric == "tcp":
+                sock = socket.socket(fileno=stream.socket.detach())
+                sock.setblocking(True)
+                self.door._server.serve(sock.detach())
+                return
             hello = await rpc.receive_message(stream)
             try:
                 await stream.send_all(self.says(hello))
@@ -240,6 +246,27 @@ def test_a_welcome_with_random_numbers_is_refused(world: World) -> None:
         world.says = partial(_say, said)
         with pytest.raises(MemfaasError):
             world.link(world.false)
+    world.goes_on()
+
+
+def test_a_connection_that_fails_its_test_is_left_for_tcp_loudly(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = msgspec.structs.replace(world.false.endpoint, node="another")
+    said = framed(messages.encode(messages.VerbsWelcome(welcome=Welcome.of(_welcome_of(world)).pack())))
+    world.says = partial(_say, said)  # of a queue pair that is connected to nobody
+    there = msgspec.structs.replace(world.false, endpoint=elsewhere)
+    opened = fabric.open_link(there, "auto", time.monotonic() + PATIENCE_S, PATIENCE_S)
+    assert opened.link.fabric == "tcp"
+    assert "does not answer ours" in (opened.fallback or "")
+    assert "could be reached over verbs, but" in caplog.text
+    store = BareStore(MIB)
+    store._set_link(0, opened.link)
+    store.put(b"k", b"over tcp")
+    assert store.get(b"k") == b"over tcp"
+    with pytest.raises(FabricUnavailable, match="does not answer ours"):
+        fabric.open_link(there, "verbs", time.monotonic() + PATIENCE_S, PATIENCE_S)
+    opened.link.close()
     world.goes_on()
 
 
