@@ -19,7 +19,7 @@ from pathlib import Path
 
 from memfaas._native import Memory, Server
 from memfaas.errors import FabricUnavailable
-from memfaas.fabric.devices import chosen_device
+from memfaas.testing.lease import any_device
 
 _NUMBER = struct.Struct("<I")
 _PLAIN, _VERBS = b"?", b"v"
@@ -108,7 +108,7 @@ class Function:
         self._server.serve(sock.detach())
 
     def _connect(self, sock: socket.socket) -> None:
-        end = self._server.verbs_end(chosen_device().encode(), _receive(sock, _ADDRESS_BYTES))
+        end = self._server.verbs_end(any_device(), _receive(sock, _ADDRESS_BYTES))
         self._server.serve(os.dup(sock.fileno()), end)  # before the client knows: none of its messages is too early
         with sock:
             sock.sendall(_NUMBER.pack(0) + end.welcome)

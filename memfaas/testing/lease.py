@@ -7,6 +7,7 @@ that the native core can be tested, and misused, directly.
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import socket
 import threading
@@ -51,6 +52,12 @@ def make_memory(kind: Kind, size: int, *, arriving: bool = False) -> tuple[int, 
     fcntl.fcntl(data, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     fcntl.fcntl(control, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return data, control
+
+
+@functools.cache
+def any_device() -> bytes:
+    """The RDMA device that works. Raises FabricUnavailable. (To look takes long where files are emulated.)"""
+    return chosen_device().encode()
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -123,7 +130,7 @@ class BareLease:
         self, kind: Kind, size: int, *, timeout_s: float = 30.0, arriving: bool = False, device: str = ""
     ) -> None:
         self.timeout_s = timeout_s
-        self._device = device
+        self._device = device.encode()
         self.data_fd, self.control_fd = make_memory(kind, size, arriving=arriving)
         self.memory = Memory(self.data_fd, self.control_fd)
         self.server = Server(self.memory)
@@ -169,20 +176,17 @@ class BareLease:
         return link
 
     def verbs_link(self, connections: int = 1) -> VerbsLink:
-        link = VerbsLink(self._verbs_device(), self.timeout_s)
+        link = VerbsLink(self._device or any_device(), self.timeout_s)
         for _ in range(connections):
             self.add_queue_pair(link)
         return link
 
     def add_queue_pair(self, link: VerbsLink) -> None:
         pair = link.queue_pair()
-        end = self.server.verbs_end(self._verbs_device(), pair.address)
+        end = self.server.verbs_end(self._device or any_device(), pair.address)
         near, far = tcp_pair()
         self.server.serve(far.detach(), end)
         link.add(near.detach(), pair, end.welcome, self.timeout_s)
-
-    def _verbs_device(self) -> bytes:
-        return (self._device or chosen_device()).encode()
 
     def store(self, link: ShmLink | TcpLink | VerbsLink) -> BareStore:
         """On tcp and verbs it gets new connections when it has none left, but what breaks one is an error."""

@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from memfaas._native import VerbsLink
-from memfaas.fabric.devices import chosen_device
 from memfaas.testing.compiling import CORE
-from memfaas.testing.lease import BareLease, tcp_pair
+from memfaas.testing.lease import BareLease, any_device, tcp_pair
 
 WRITE, WRITE_WITH_NUMBER, SEND, READ, ADD = 0, 1, 2, 4, 6
 PUT, DELETE, RESERVE, COMMIT = 2, 3, 13, 14
@@ -72,12 +71,12 @@ class Hostile:
     """A queue pair that sends whatever it is told to, and the connection beside it."""
 
     def __init__(self, lease: BareLease) -> None:
-        name, port, gid = chosen_device().split(":")
-        self._client = ctypes.c_void_p(_library().hostile_open(name.encode(), int(port), int(gid)))
+        name, port, gid = any_device().split(b":")
+        self._client = ctypes.c_void_p(_library().hostile_open(name, int(port), int(gid)))
         assert self._client.value, "the device does not let us"
         address = ctypes.create_string_buffer(32)
         _library().hostile_address(self._client, address)
-        end = lease.server.verbs_end(chosen_device().encode(), address.raw)
+        end = lease.server.verbs_end(any_device(), address.raw)
         self.welcome = Welcome.of(end.welcome)
         self.stream, far = tcp_pair()
         lease.server.serve(far.detach(), end)
@@ -129,13 +128,12 @@ class Hostile:
 
 _FUNCTION = """
 import socket, sys
-from memfaas.fabric.devices import chosen_device
-from memfaas.testing.lease import BareLease
+from memfaas.testing.lease import BareLease, any_device
 lease = BareLease(sys.argv[1], int(sys.argv[2]))
 with socket.create_server(("127.0.0.1", 0)) as listener:
     print(listener.getsockname()[1], flush=True)
     for line in sys.stdin:
-        end = lease.server.verbs_end(chosen_device().encode(), bytes.fromhex(line))
+        end = lease.server.verbs_end(any_device(), bytes.fromhex(line))
         lease.server.serve(listener.accept()[0].detach(), end)
         print(end.welcome.hex(), flush=True)
 """
@@ -155,7 +153,7 @@ class FunctionProcess:
         return self._process.stdout.readline()
 
     def link(self, timeout_s: float) -> VerbsLink:
-        link = VerbsLink(chosen_device().encode(), timeout_s)
+        link = VerbsLink(any_device(), timeout_s)
         pair = link.queue_pair()
         assert self._process.stdin is not None
         self._process.stdin.write(pair.address.hex() + "\n")

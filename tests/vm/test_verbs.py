@@ -12,8 +12,7 @@ import pytest
 
 from memfaas._native import BROKEN, LinkDown, VerbsLink
 from memfaas.errors import FabricUnavailable, ProtocolError
-from memfaas.fabric.devices import chosen_device
-from memfaas.testing.lease import Arrival, BareLease, move, tcp_pair
+from memfaas.testing.lease import Arrival, BareLease, any_device, move, tcp_pair
 from tests.e2e.scene import until
 
 pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
@@ -117,9 +116,9 @@ WELCOME = struct.Struct("<32s5Q2I")
 
 def forged(lease: BareLease, **wrong: int) -> None:
     """Connects as if the function had said something else, and reads where that says the memory is."""
-    link = VerbsLink(chosen_device().encode(), 5)
+    link = VerbsLink(any_device(), 5)
     pair = link.queue_pair()
-    end = lease.server.verbs_end(chosen_device().encode(), pair.address)
+    end = lease.server.verbs_end(any_device(), pair.address)
     near, far = tcp_pair()
     lease.server.serve(far.detach(), end)
     names = ("address", "generation", "kind", "size", "data", "landing", "landing_key", "first_key")
@@ -130,8 +129,8 @@ def forged(lease: BareLease, **wrong: int) -> None:
 
 
 def place_of(lease: BareLease) -> dict[str, int]:
-    link = VerbsLink(chosen_device().encode(), 5)
-    end = lease.server.verbs_end(b"", link.queue_pair().address)
+    link = VerbsLink(any_device(), 5)
+    end = lease.server.verbs_end(any_device(), link.queue_pair().address)
     *_, data, _, _, key = WELCOME.unpack(end.welcome)
     return {"data": data, "first_key": key}
 
@@ -157,16 +156,16 @@ def test_a_client_reaches_its_own_lease_and_nothing_else() -> None:
 
 def test_addresses_that_make_no_sense_are_refused() -> None:
     with BareLease("region", 1 << 20) as lease:
-        good = VerbsLink(chosen_device().encode(), 5).queue_pair().address
+        good = VerbsLink(any_device(), 5).queue_pair().address
         for address in (b"", good[:-1], bytes(32), b"\xff" * 32):
             with pytest.raises((FabricUnavailable, ProtocolError)):
-                lease.server.verbs_end(b"", address)
+                lease.server.verbs_end(any_device(), address)
         chance = random.Random(3)
         for _ in range(100):
             broken = bytearray(good)
             broken[chance.randrange(32)] ^= 1 << chance.randrange(8)
             try:
-                lease.server.verbs_end(b"", bytes(broken))
+                lease.server.verbs_end(any_device(), bytes(broken))
             except (FabricUnavailable, ProtocolError):
                 pass
         assert lease.server.verbs_connections() == 0

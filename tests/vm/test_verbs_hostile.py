@@ -16,9 +16,8 @@ import pytest
 
 from memfaas._native import LinkDown, VerbsLink
 from memfaas.errors import FabricUnavailable, MemfaasError
-from memfaas.fabric.devices import chosen_device
 from memfaas.testing import fsck
-from memfaas.testing.lease import BareLease, BareStore
+from memfaas.testing.lease import BareLease, BareStore, any_device
 from tests.e2e.scene import until
 from tests.vm.hostile import ADD, COMMIT, DELETE, PUT, RESERVE, SEND, WRITE, WRITE_WITH_NUMBER, Hostile, request
 
@@ -172,18 +171,18 @@ def test_a_commit_of_what_was_not_reserved_ends_the_connection(lease: BareLease)
 
 
 def test_places_are_bounded_and_free_again(lease: BareLease) -> None:
-    address = VerbsLink(chosen_device().encode(), 5).queue_pair().address
-    ends = [lease.server.verbs_end(chosen_device().encode(), address) for _ in range(PLACES)]
+    address = VerbsLink(any_device(), 5).queue_pair().address
+    ends = [lease.server.verbs_end(any_device(), address) for _ in range(PLACES)]
     with pytest.raises(FabricUnavailable, match="places are taken"):
-        lease.server.verbs_end(chosen_device().encode(), address)
+        lease.server.verbs_end(any_device(), address)
     ends.pop()
-    ends.append(lease.server.verbs_end(chosen_device().encode(), address))
+    ends.append(lease.server.verbs_end(any_device(), address))
     ends.clear()
     goes_on(lease)
 
 
 def test_a_thousand_that_come_and_leave_leave_nothing_behind(lease: BareLease) -> None:
-    address = VerbsLink(chosen_device().encode(), 5).queue_pair().address
+    address = VerbsLink(any_device(), 5).queue_pair().address
     goes_on(lease)
 
     def resources() -> tuple[int, str]:
@@ -192,7 +191,7 @@ def test_a_thousand_that_come_and_leave_leave_nothing_behind(lease: BareLease) -
 
     before = resources()
     for _ in range(1000):
-        lease.server.verbs_end(chosen_device().encode(), address)
+        lease.server.verbs_end(any_device(), address)
     assert resources() == before
     goes_on(lease)
 
@@ -222,7 +221,7 @@ def test_a_stopped_client_over_shm_that_holds_locks_holds_up_only_its_keys(lease
         until(lambda: any(struct.unpack_from("<I", control, at)[0] & _WAITERS for at in locks))
         time.sleep(0.05)  # if it is the thread of all queue pairs that waits there, nobody gets past it now
         assert lease.store(lease.verbs_link()).get(b"k") == b"before"
-        lease.server.verbs_end(chosen_device().encode(), VerbsLink(chosen_device().encode(), 5).queue_pair().address)
+        lease.server.verbs_end(any_device(), VerbsLink(any_device(), 5).queue_pair().address)
         assert thread.is_alive()
     lease.memory.reap(_PARTICIPANT)
     thread.join()
