@@ -335,7 +335,8 @@ class Keeper:
                     raise self._lost(f"{self._what} is lost: {telling}") from telling
                 raise telling
             ask = self.place.epoch == place.epoch
-        self.fallback = self.fallback if in_doubt else opened.fallback
+        if opened.fallback or not in_doubt:  # else it is tcp so that the function can be asked
+            self.fallback = opened.fallback
         self.device = opened.device
         self._dialled = 1
         self._replace(opened.link, place.epoch)

@@ -94,6 +94,8 @@ class Custody:
         self._on_lost = on_lost
         self._mover = mover
         self._function: FunctionPeer | None = None
+        self._ending: FunctionPeer | None = None
+        """One that no longer serves it, whose process may still be there."""
         self._found_function = trio.Event()
         self._lock = trio.Lock()
         self._pages = trio.Lock()
@@ -193,9 +195,10 @@ class Custody:
         self._found_function.set()
         function.listen(self._hear)
         await function.ended.wait()
-        self._function = None
+        self._function, self._ending = None, function
         self._found_function = trio.Event()
         await function.kill()
+        self._ending = None
 
     def _hear(self, message: Message) -> None:
         match message:
@@ -432,8 +435,9 @@ class Custody:
         except TransportError:
             self.state = state
             raise
-        if self.endpoint.verbs and self._function is not None:
-            await self._function.kill()  # what it has registered with the device is free only then
+        for function in (self._function, self._ending):
+            if self.endpoint.verbs and function is not None:
+                await function.kill()  # what it has registered with the device is free only then
         if cut.index is not None:
             self._size, self.punched = self._size - cut.size, 0
         if arriving and cut.before == "serving":  # it had come just now, and was nowhere else any more

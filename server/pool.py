@@ -31,20 +31,33 @@ class FunctionProcess:
         self.pid = pid
         self.stream = stream
         self._pidfd = _open_pidfd(pid)
+        self._killed: trio.Event | None = None
+        """Once somebody kills it: that has come to an end."""
 
     async def kill(self) -> None:
         """Makes sure that it has ended; then nobody but us and the clients has its memory."""
         await trio.aclose_forcefully(self.stream)
-        if self._pidfd is not None:
+        if self._killed is not None:
+            await self._killed.wait()
+        elif self._pidfd is not None:
             pidfd, self._pidfd = self._pidfd, None
+            self._killed = trio.Event()
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                with trio.CancelScope(shield=True), trio.move_on_after(_END_S):  # a kill is quick
-                    await trio.lowlevel.wait_readable(pidfd)
+                await self._wait_for_end(pidfd)
             except ProcessLookupError:
                 pass
             finally:
                 os.close(pidfd)
+                self._killed.set()
+
+    async def _wait_for_end(self, pidfd: int) -> None:
+        with trio.CancelScope(shield=True), trio.move_on_after(_END_S):
+            await trio.lowlevel.wait_readable(pidfd)
+            return
+        # The kernel unpins hundreds of GiB, or a disk hangs.
+        logger.warning("function %d takes long to end; until then its memory is not free", self.pid)
+        await trio.lowlevel.wait_readable(pidfd)
 
     async def let_go(self) -> None:
         """Leaves it to itself."""

@@ -18,7 +18,7 @@
 #include <stdint.h>
 
 #define MF_MAGIC 0x3173616166656d6dULL
-#define MF_FORMAT 2u
+#define MF_FORMAT 3u
 #define MF_PAGE 4096u
 #define MF_HUGE_PAGE (2u << 20)
 #define MF_SPAN (256u << 10)
@@ -58,6 +58,7 @@ struct mf_header {
     uint64_t heap; /* offset; for a region, of the user's first byte */
     uint64_t spans;
     uint64_t part_size;
+    uint64_t seed; /* of the sums of block heads: else bytes of a value could pass for a block */
 };
 
 /* What an index is made of; see index.h. */
@@ -76,7 +77,7 @@ struct mf_block {
     uint8_t space;
     uint32_t chunks;
     uint32_t class_;
-    uint64_t header_sum; /* of the 48 bytes before */
+    uint64_t header_sum; /* of what is before it, with the seed of the shard */
     uint64_t linked;     /* the version while the block's slot leads here, else something else (shard.c) */
 };
 _Static_assert(sizeof(struct mf_block) == 64, "block header");

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -76,7 +77,11 @@ int mf_format(int data_fd, int control_fd, const struct mf_header *header, enum 
     }
     atomic_store(&control->state, state);
     munmap(control, header->control_bytes);
-    return pwrite(data_fd, header, sizeof *header, 0) == sizeof *header ? 0 : errno ? errno : EIO;
+    struct mf_header own = *header;
+    if (getrandom(&own.seed, sizeof own.seed, 0) != sizeof own.seed)
+        return errno;
+    own.seed |= 1; /* 0: not known */
+    return pwrite(data_fd, &own, sizeof own, 0) == sizeof own ? 0 : errno ? errno : EIO;
 }
 
 static void *map_aligned(int fd, size_t size) {

@@ -327,6 +327,14 @@ static int check_index(struct mf_memory *memory, uint64_t sum) {
     return here == sum ? 0 : EPROTO;
 }
 
+/* That of the blocks which came. */
+static int take_seed(struct mf_memory *memory) {
+    volatile uint64_t seed = 0;
+    MF_GUARDED(memory->data, MF_PAGE, seed = ((const struct mf_header *)memory->data)->seed, return EFAULT);
+    memory->at.seed = seed;
+    return 0;
+}
+
 _Static_assert(MF_WRITERS * sizeof(struct writer_copy) <= MF_SPAN, "the buffer holds every piece");
 _Static_assert(AT_ONCE * sizeof(struct span_copy) <= MF_SPAN, "the buffer holds every piece");
 
@@ -359,5 +367,5 @@ int mf_receive(struct mf_memory *memory, struct mf_copy *copy, int data_fd) {
         }
     }
     free(buffer);
-    return error;
+    return error ? error : take_seed(memory);
 }

@@ -74,13 +74,17 @@ static uint64_t table_sum(const void *meta, size_t meta_len, const void *sums, s
     return mf_value_sum(meta, meta_len, sums, length);
 }
 
+static uint64_t head_sum(const struct mf_memory *memory, const struct mf_block *head) {
+    return mf_hash(head, offsetof(struct mf_block, header_sum), memory->at.seed);
+}
+
 /* Fills op from a block of which `room` bytes are here, believing nothing. */
 bool mf_open_block(struct mf_op *op, const struct mf_block *block, uint64_t room) {
     struct mf_memory *memory = op->memory;
     struct mf_block head;
     memcpy(&head, block, offsetof(struct mf_block, linked));
     uint64_t at = sizeof head;
-    if (head.header_sum != mf_hash(&head, offsetof(struct mf_block, header_sum), 0) || head.meta_len > MF_MAX_META ||
+    if (head.header_sum != head_sum(memory, &head) || head.meta_len > MF_MAX_META ||
         head.key_len > MF_MAX_KEY || at + head.key_len + head.meta_len > room)
         return false;
     at += head.key_len;
@@ -392,7 +396,7 @@ static int commit(struct mf_op *op, const void *key, const void *meta, uint8_t f
     if (status != MF_OK)
         return status;
     head.version = atomic_fetch_add_explicit(&memory->control->stripes[op->stripe].version, 1, memory_order_relaxed) + 1;
-    head.header_sum = mf_hash(&head, offsetof(struct mf_block, header_sum), 0);
+    head.header_sum = head_sum(memory, &head);
     memcpy(at, &head, sizeof head);
     uint64_t slot, value = mf_slot_of(op->hash, op->space, op->head_class, op->head);
     const struct mf_block *old;

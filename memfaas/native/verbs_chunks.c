@@ -113,7 +113,7 @@ void mf_chunks_explain(struct mf_chunks *chunks, int error, char *why) {
     getrlimit(RLIMIT_MEMLOCK, &limit);
     if (error == EIDRM)
         snprintf(why, MF_WHY, "the lease is over");
-    else if (error == ENOMEM && limit.rlim_cur != RLIM_INFINITY && bytes + MF_CHUNK > limit.rlim_cur)
+    else if (error == ENOMEM && limit.rlim_cur != RLIM_INFINITY && bytes + 2 * MF_CHUNK > limit.rlim_cur) /* others pin memory, too */
         snprintf(why, MF_WHY, "%llu of %llu MiB are registered, more the limit of locked memory (%llu KiB) does not let "
                  "us; raise it: ulimit -l, LimitMEMLOCK of systemd", bytes >> 20, whole >> 20,
                  (unsigned long long)limit.rlim_cur >> 10);

@@ -279,8 +279,11 @@ int mf_queue_test(struct mf_queue *queue, int fd, int64_t deadline) {
         status = mf_queue_wait(queue, fd, queue->posted, 0, deadline);
     if (status != MF_OK)
         return status;
-    bool same = header->magic == MF_MAGIC && header->format == MF_FORMAT && header->kind == remote->memory.at.kind &&
-                header->size == remote->memory.at.size;
+    struct mf_header *at = &remote->memory.at;
+    if (!at->seed) /* the first connection, which nobody else uses yet */
+        at->seed = header->seed;
+    bool same = header->magic == MF_MAGIC && header->format == MF_FORMAT && header->kind == at->kind &&
+                header->size == at->size && header->seed == at->seed;
     return same ? MF_OK : MF_CORRUPT;
 }
 

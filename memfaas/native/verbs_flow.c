@@ -116,6 +116,8 @@ static int run(struct mf_flow *flow) {
 
 int mf_flow_run(struct mf_flow *flow) {
     int status = run(flow);
+    if (flow->queue->done < flow->queue->posted)
+        flow->queue->broken = true; /* what is under way may still come into its buffer */
     end_loan(flow->queue, &flow->queue->loans[0]);
     end_loan(flow->queue, &flow->queue->loans[1]);
     return status;

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -375,8 +376,8 @@ static void close_all(struct mf_verbs_server *verbs, const char *why) {
 
 bool mf_verbs_make(struct mf_server *server) {
     struct mf_verbs_server *verbs = server->verbs = calloc(1, sizeof *verbs);
-    if (!verbs)
-        return false;
+    if (!verbs || getrandom(&verbs->generation, sizeof verbs->generation, 0) != sizeof verbs->generation)
+        return false; /* it is random as a function that takes the place of another one may have its keys */
     verbs->server = server;
     verbs->memory = server->memory;
     mf_turns_make(&verbs->turns);
@@ -453,10 +454,21 @@ static void welcome_of(struct mf_end *end, uint64_t first_key, struct mf_welcome
                                    .first_key = (uint32_t)first_key};
 }
 
+static bool is_closed(struct mf_verbs_server *verbs, char *why) {
+    mf_turns_enter(&verbs->turns);
+    bool closed = verbs->closed[0];
+    if (closed)
+        memcpy(why, verbs->closed, MF_WHY);
+    mf_turns_leave(&verbs->turns);
+    return closed;
+}
+
 /* Takes a place, and makes sure that there is something to connect to. */
 static int admit(struct mf_verbs_server *verbs, const char *device, const struct mf_address *peer, uint32_t *closings,
                  uint64_t *first_key, char *why) {
     int error = 0;
+    if (is_closed(verbs, why)) /* who closes it may have the chunks' turn for long */
+        return EAGAIN;
     mf_turns_enter(&verbs->chunks.turns);
     mf_turns_enter(&verbs->turns);
     uint32_t state = atomic_load(&verbs->memory->control->state);

@@ -730,7 +730,7 @@ static void forge(struct client *client) {
         uint64_t *word = (uint64_t *)block + draw(client) % 7;
         *word = nonsense(client, word);
     }
-    block->header_sum = mf_hash(block, offsetof(struct mf_block, header_sum), 0);
+    block->header_sum = head_sum(&memory, block);
 }
 
 /* Puts the control memory back now and then: else every lock is soon closed for good, and nothing more
