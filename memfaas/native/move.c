@@ -196,11 +196,14 @@ static int send_spans(struct mf_memory *memory, struct mf_copy *copy) {
     return error;
 }
 
+/* And, in the place of an offset, the seed of the blocks' sums. */
 static int send_stripes(struct mf_memory *memory, struct mf_copy *copy) {
+    volatile uint64_t seed = 0; /* the agent may cut the memory at any moment */
     uint64_t versions[MF_STRIPES];
+    MF_GUARDED(memory->data, MF_PAGE, seed = ((const struct mf_header *)memory->data)->seed, return EFAULT);
     for (uint32_t i = 0; i < MF_STRIPES; i++)
         versions[i] = atomic_load(&memory->control->stripes[i].version);
-    return send_piece(copy, STRIPES, 0, versions, sizeof versions);
+    return send_piece(copy, STRIPES, seed, versions, sizeof versions);
 }
 
 struct known_writer {
@@ -304,6 +307,7 @@ static int receive_stripes(struct mf_memory *memory, struct mf_copy *copy, const
     int error = receive_all(copy, versions, sizeof versions);
     for (uint32_t i = 0; !error && i < MF_STRIPES; i++)
         atomic_store(&memory->control->stripes[i].version, versions[i]);
+    MF_GUARDED(memory->data, MF_PAGE, ((struct mf_header *)memory->data)->seed = piece->offset, return EFAULT);
     return error;
 }
 
@@ -325,14 +329,6 @@ static int check_index(struct mf_memory *memory, uint64_t sum) {
     volatile uint64_t here = 0; /* the agent may cut the memory at any moment */
     MF_GUARDED(memory->data, memory->at.data_bytes, here = index_sum(memory), return EFAULT);
     return here == sum ? 0 : EPROTO;
-}
-
-/* That of the blocks which came. */
-static int take_seed(struct mf_memory *memory) {
-    volatile uint64_t seed = 0;
-    MF_GUARDED(memory->data, MF_PAGE, seed = ((const struct mf_header *)memory->data)->seed, return EFAULT);
-    memory->at.seed = seed;
-    return 0;
 }
 
 _Static_assert(MF_WRITERS * sizeof(struct writer_copy) <= MF_SPAN, "the buffer holds every piece");
@@ -367,5 +363,5 @@ int mf_receive(struct mf_memory *memory, struct mf_copy *copy, int data_fd) {
         }
     }
     free(buffer);
-    return error ? error : take_seed(memory);
+    return error;
 }

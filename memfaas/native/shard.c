@@ -74,8 +74,10 @@ static uint64_t table_sum(const void *meta, size_t meta_len, const void *sums, s
     return mf_value_sum(meta, meta_len, sums, length);
 }
 
+/* The seed comes with the data when a lease moves, so what was mapped before has another one. */
 static uint64_t head_sum(const struct mf_memory *memory, const struct mf_block *head) {
-    return mf_hash(head, offsetof(struct mf_block, header_sum), memory->at.seed);
+    uint64_t seed = memory->data ? ((const struct mf_header *)memory->data)->seed : memory->at.seed;
+    return mf_hash(head, offsetof(struct mf_block, header_sum), seed);
 }
 
 /* Fills op from a block of which `room` bytes are here, believing nothing. */

@@ -22,6 +22,8 @@ SIZE = {"shard": 4 << 20, "region": (1 << 20) + 77}
 LIMIT_S = 30.0
 FRAME = struct.Struct("<IIQQ")
 DATA, SPANS, STRIPES, WRITERS, END = range(1, 6)
+GEOMETRY = 120
+"""Bytes of a memory's header; its seed, which comes along, is behind them."""
 TOP = 1 << 64
 VALUES = {b"key-%d" % i: random.Random(i).randbytes(1 << i) for i in range(19)}
 
@@ -91,7 +93,7 @@ def receive(kind: Kind, stream: bytes) -> int:
     """0 or the errno. The memory is whole and usable in either case."""
     arrival = Arrival(kind, SIZE[kind], timeout_s=LIMIT_S)
     with arrival.lease as lease:
-        header = os.pread(lease.data_fd, 4096, 0)
+        geometry = os.pread(lease.data_fd, GEOMETRY, 0)
         length = os.fstat(lease.data_fd).st_size
         try:
             arrival.send(stream)
@@ -100,7 +102,8 @@ def receive(kind: Kind, stream: bytes) -> int:
         except OSError as trouble:
             error = trouble.errno or -1
         assert lease.memory.state == "frozen"
-        assert os.pread(lease.data_fd, 4096, 0) == header
+        assert os.pread(lease.data_fd, GEOMETRY, 0) == geometry
+        assert os.pread(lease.data_fd, 4096 - GEOMETRY - 8, GEOMETRY + 8) == bytes(4096 - GEOMETRY - 8)
         assert os.fstat(lease.data_fd).st_size == length
         lease.memory.thaw()
         lease.memory.put_right(0.05)
