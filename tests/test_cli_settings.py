@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "lend": ([["--node", "d"], ["--local"]], {"name", "tenant", "fabric", "device"}),
     "slurm install": ([["--dir", "hooks", "--slurm-conf", "slurm.conf", "--stores"]], set()),
     "slurm scan": ([[]], set()),
+    "mount": ([["store", ".", "--foreground"]], set()),
 }
 """How each is called, so that it comes by all that it reads; and what it reads without having a flag for it."""
 OPTIONS = {option.name: option for role in config.ROLES for option in config.options(role)}
