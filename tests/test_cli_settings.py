@@ -18,7 +18,7 @@ from memfaas.cli import main, options
 from memfaas.client.local import LocalCluster
 from memfaas.config import Settings
 
-MODULES = ("check", "data", "reclaim", "serve", "slurm", "status", "usage")
+MODULES = ("check", "data", "mount", "reclaim", "serve", "slurm", "status", "usage")
 COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "broker": ([[]], set()),
     "donor": ([[]], set()),
