@@ -70,7 +70,8 @@ static bool load(char *why) {
     return loaded = true;
 }
 
-/* A forked child that held the parent's device open would keep the parent's memory pinned after its end. */
+/* A forked child cannot use the parent's device. (What it inherits of the provider's mappings still keeps that
+ * open, with the parent's queues, until the child ends, too.) */
 static void forget(void) {
     for (struct mf_device *one = devices; one; one = one->next)
         if (one->context) {

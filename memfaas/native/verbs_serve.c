@@ -50,7 +50,7 @@ struct mf_end {
 struct mf_verbs_server {
     struct mf_server *server;
     struct mf_memory *memory;
-    struct mf_chunks chunks; /* whose turn is taken before `turns`, as it takes longer */
+    struct mf_chunks chunks; /* order of locks: the chunks' turn, then `turns`, then server->mutex */
     struct mf_turns turns;   /* for all below; the thread comes last */
     struct mf_device *device;
     struct ibv_pd *pd;
