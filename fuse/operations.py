@@ -63,13 +63,13 @@ def _handler(
                 return function(self, *args, **kwargs)
             except CapacityError:
                 return await self._when_there_is_room(lambda: function(self, *args, **kwargs))
-        except OSError as error:
-            raise pyfuse3.FUSEError(errno_of(error)) from error
-        except MemfaasError as error:
+        except MemfaasError as error:  # first, for one of them is an OSError, too
             code = errno_of(error)
             if code != errno.ENOSPC:
                 self._say(f"{function.__name__}: {error}")
             raise pyfuse3.FUSEError(code) from error
+        except OSError as error:
+            raise pyfuse3.FUSEError(errno_of(error)) from error
         except pyfuse3.FUSEError:
             raise
         except Exception as error:
@@ -152,7 +152,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         entry.st_rdev = inode.rdev
         entry.st_size = inode.size
         entry.st_blksize = self._volume.data.chunk
-        entry.st_blocks = -(-min(inode.size, inode.top) // _BLOCK)
+        entry.st_blocks = -(-self._volume.files.data_bytes(ino, inode) // _BLOCK) if inode.is_file else 0
         entry.st_atime_ns = inode.atime
         entry.st_mtime_ns = inode.mtime
         entry.st_ctime_ns = inode.ctime
@@ -408,8 +408,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         if handle.file.inode.has_xattrs:
             self._drop_capability(handle.file.ino)
         if handle.appends:
-            self._volume.files.append(handle.file, buf)
-            return len(buf)
+            return self._volume.files.append(handle.file, buf)[1]
         return self._volume.files.write(handle.file, off, buf)
 
     def _drop_capability(self, ino: int) -> None:
@@ -417,23 +416,40 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         if _CAPABILITY in self._volume.xattrs(ino):
             self._volume.set_xattr(ino, _CAPABILITY, None)
 
-    @_handler
-    def flush(self, fh: int) -> None:
+    async def flush(self, fh: int) -> None:
         file = self._file(fh).file
-        if file.mtime is not None:
-            self._volume.files.flush(file)
+        written = file.mtime is not None
+        await self._sync(file)
+        if written:
             self._note(file)
 
-    @_handler
-    def fsync(self, fh: int, datasync: bool) -> None:
-        self._volume.files.flush(self._file(fh).file)
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._sync(self._file(fh).file)
+
+    async def _sync(self, file: OpenFile) -> None:
+        try:
+            await self._flush(file)
+        except pyfuse3.FUSEError as error:
+            if error.errno == errno.ENOSPC:
+                self._volume.files.give_up(file)
+            raise
 
     @_handler
-    def release(self, fh: int) -> None:
+    def _flush(self, file: OpenFile) -> None:
+        self._volume.files.flush(file)
+
+    async def release(self, fh: int) -> None:
         handle = self._file(fh)
         del self._handles[fh]
         written = handle.file.mtime is not None
-        self._volume.files.close(handle.file)
+        try:  # it was flushed, but for what was written through a mapping since
+            await self._sync(handle.file)
+        except pyfuse3.FUSEError as error:
+            log.error("file %r: %s", handle.file.name.decode(errors="replace"), os.strerror(error.errno))
+        try:
+            self._volume.files.close(handle.file)
+        except (OSError, MemfaasError) as error:
+            log.error("file %r: %s", handle.file.name.decode(errors="replace"), error)
         if written:
             self._note(handle.file)
 

@@ -31,6 +31,8 @@ from memfaas.errors import MemfaasError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from memfaas.client.details import StoreDetails
+
 _SPACE = 0
 _CLAIM = b"\xff"
 """First byte of a claim; no other value begins so."""
@@ -56,6 +58,7 @@ class KeyValue(Protocol):
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
     def keys(self) -> list[bytes]: ...
     def fabrics(self) -> dict[str, int]: ...
+    def info(self) -> StoreDetails: ...
 
 
 class Cell(NamedTuple):

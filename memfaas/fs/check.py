@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from memfaas.fs.cells import Cells, KeyValue
 from memfaas.fs.directory import Directories
+from memfaas.fs.presence import Presence
 from memfaas.fs.records import ROOT, Inode, number_of
 
 
@@ -26,7 +27,7 @@ def check(store: KeyValue) -> Findings:
     findings = Findings()
     keys = store.keys()
     for key in keys:
-        if key[:1] in b"idxnMR":
+        if key[:1] in b"idxbnMR":
             cells.load(key)  # settles what a dead one left
     inodes = {
         number_of(key[1:]): Inode.unpack(value)
@@ -48,12 +49,24 @@ def check(store: KeyValue) -> Findings:
             findings.leaked.add(ino)
         elif count != inode.nlink:
             findings.wrong.append(f"inode {ino} has {count} names, and says {inode.nlink}")
+    _check_chunks(cells, keys, inodes, findings)
     for key in keys:
-        if key[:1] == b"c" and number_of(key[1:9]) not in inodes:
-            findings.wrong.append(f"a chunk of inode {number_of(key[1:9])}, which is not there")
         if key[:1] == b"d" and cells.read(key) is not None and number_of(key[1:9]) not in inodes:
             findings.wrong.append(f"a node of directory {number_of(key[1:9])}, which is not there")
     return findings
+
+
+def _check_chunks(cells: Cells, keys: list[bytes], inodes: dict[int, Inode], findings: Findings) -> None:
+    presence = Presence(cells, lambda: None)
+    chunks: defaultdict[int, set[int]] = defaultdict(set)
+    for key in keys:
+        if key[:1] in (b"c", b"b") and number_of(key[1:9]) not in inodes:
+            findings.wrong.append(f"data of inode {number_of(key[1:9])}, which is not there")
+        elif key[:1] == b"c":
+            chunks[number_of(key[1:9])].add(number_of(key[9:]))
+    for ino, there in chunks.items():
+        for index in sorted(there.difference(presence.present(ino, inodes[ino]))):
+            findings.wrong.append(f"chunk {index} of inode {ino}, of which nobody knows")
 
 
 def _walk(dirs: Directories, inodes: dict[int, Inode], findings: Findings) -> Counter[int]:

@@ -7,8 +7,9 @@ whoever makes it longer has its new size in the inode before the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
+from memfaas.errors import LeaseLost
 from memfaas.fs.cells import Cell, Cells, KeyValue
 from memfaas.fs.records import chunk_key
 
@@ -69,6 +70,15 @@ class Dirty:
             low, high = max(first, start), min(first + len(data), end)
             if low < high:
                 into[low - start : high - start] = memoryview(data)[low - first : high - first]
+
+    @property
+    def start(self) -> int:
+        return self.pieces[0][0]
+
+    @property
+    def end(self) -> int:
+        last, data = self.pieces[-1]
+        return last + len(data)
 
     @property
     def cost(self) -> int:
@@ -151,47 +161,36 @@ class Data:
             if self._store._save_if(key, _SPACE, value, self._cells.fresh_tag(), 0, cell.tag):
                 return
 
-    def _shorten(self, ino: int, index: int, end: int) -> None:
-        key = chunk_key(ino, index)
-        while True:
-            found = self._store._load(key, _SPACE)
-            if found is None or len(found[0]) <= end:
-                return
-            if self._store._save_if(key, _SPACE, found[0][:end], self._cells.fresh_tag(), 0, found[1]):
-                return
+    def tag(self, ino: int, index: int) -> tuple[bytes, bytes] | None:
+        """What is in a chunk, and its tag; None when there is nothing, or its memory is lost."""
+        try:
+            found = self._store._load(chunk_key(ino, index), _SPACE)
+        except LeaseLost:
+            return None
+        return None if found is None else found[:2]
 
-    def remove(self, ino: int, indices: Iterable[int]) -> None:
-        for index in indices:
+    def remove_if(self, ino: int, index: int, tag: bytes) -> bool:
+        """Takes a chunk away, unless it is another one than that of the tag."""
+        return self._store._remove_if(chunk_key(ino, index), _SPACE, tag)
+
+    def shorten_if(self, ino: int, index: int, value: bytes, tag: bytes) -> bool:
+        return self._store._save_if(chunk_key(ino, index), _SPACE, value, self._cells.fresh_tag(), 0, tag)
+
+    def remove(self, ino: int, index: int) -> None:
+        try:
             self._store._remove(chunk_key(ino, index), _SPACE)
+        except LeaseLost:
+            pass  # it is gone already
 
-    def cut(self, ino: int, size: int, top: int) -> None:
-        """Takes away what is in chunks beyond `size`, up to `top`."""
-        chunk = self.chunk
-        if size % chunk:
-            self._shorten(ino, size // chunk, size % chunk)
-        self.remove(ino, range(-(-size // chunk), -(-top // chunk)))
+    def zero(self, ino: int, index: int, low: int, high: int) -> None:
+        """Makes a part of a chunk zeros, if there is any data in it."""
+        found = self.tag(ino, index)
+        if found is not None and len(found[0]) > low:
+            zeros = Dirty()
+            zeros.write(low, bytes(min(high, len(found[0])) - low))
+            self.merge(ino, index, zeros)
 
-    def clear(self, ino: int, start: int, end: int) -> None:
-        """Makes a hole."""
-        for index, low, high in self.pieces(start, end):
-            if high - low == self.chunk:
-                self.remove(ino, (index,))
-            else:
-                zeros = Dirty()
-                zeros.write(low, bytes(high - low))
-                if self._store._load(chunk_key(ino, index), _SPACE) is not None:
-                    self.merge(ino, index, zeros)
-
-    def reserve(self, ino: int, start: int, end: int) -> None:
-        """Stores zeros where there is nothing, so that there is room for what will be written."""
-        zeros = bytes(self.chunk)
-        for index, _, _ in self.pieces(start, end):
-            key = chunk_key(ino, index)
-            while True:
-                found = self._store._load(key, _SPACE)
-                if found is not None and len(found[0]) == self.chunk:
-                    break
-                value = zeros if found is None else found[0] + zeros[len(found[0]) :]
-                tag = b"" if found is None else found[1]
-                if self._store._save_if(key, _SPACE, value, self._cells.fresh_tag(), 0, tag):
-                    break
+    def free_bytes(self) -> int:
+        """How much room the store has. Asks all shards."""
+        info = self._store.info()
+        return max(info.size - info.used, 0)

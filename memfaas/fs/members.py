@@ -76,6 +76,11 @@ class Members:
     def others(self) -> list[bytes]:
         return [member for member in _members(self._cells.read(MEMBERS)) if member != self.id]
 
+    def alone(self) -> Change | None:
+        """The list of mounts as it is, for a transaction that needs it to stay so; None when there are others."""
+        cell = self._cells.load(MEMBERS)
+        return Change(cell, cell.value) if _members(cell.value) == [self.id] else None
+
     def _sign(self, held: Iterable[int]) -> None:
         self._beats += 1
         value = msgpack.packb([self._beats, list(held)])

@@ -283,6 +283,10 @@ class _RawFile(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            with self._owner._errors() as volume:
+                self._at = volume.files.seek(self._file, offset, whence)
+            return self._at
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._file.size}[whence]
         if base + offset < 0:
             raise fail(errno.EINVAL)
@@ -305,11 +309,11 @@ class _RawFile(io.RawIOBase):
         piece = bytes(memoryview(data).cast("B"))
         with self._owner._errors() as volume:
             if self._appends:
-                self._at = volume.files.append(self._file, piece)
+                self._at, count = volume.files.append(self._file, piece)
             else:
-                volume.files.write(self._file, self._at, piece)
-        self._at += len(piece)
-        return len(piece)
+                count = volume.files.write(self._file, self._at, piece)
+        self._at += count
+        return count
 
     def truncate(self, size: int | None = None) -> int:
         if not self._writable:

@@ -7,6 +7,7 @@
 | `i` ino | an inode |
 | `d` ino path | a node of a directory (directory.py) |
 | `c` ino index | a chunk of a file's data (data.py) |
+| `b` ino level number | which chunks of a file there may be (presence.py) |
 | `x` ino | extended attributes |
 | `t` id | a transaction (cells.py) |
 | `M`, `m` id, `g` id | mounts, the sign of life of each, and what it has to free (members.py) |
@@ -39,7 +40,8 @@ FILE_MAX = (1 << 63) - 1
 
 _NUMBER = struct.Struct(">Q")
 _CHUNK = struct.Struct(">cQQ")
-_INODE = struct.Struct("<BIIIIQQQIqqqqQB")
+_BITS = struct.Struct(">cQBQ")
+_INODE = struct.Struct("<BIIIIQQQBQIqqqqQB")
 
 
 def number(value: int) -> bytes:
@@ -56,6 +58,10 @@ def inode_key(ino: int) -> bytes:
 
 def chunk_key(ino: int, index: int) -> bytes:
     return _CHUNK.pack(b"c", ino, index)
+
+
+def bits_key(ino: int, level: int, index: int) -> bytes:
+    return _BITS.pack(b"b", ino, level, index)
 
 
 def xattr_key(ino: int) -> bytes:
@@ -77,6 +83,10 @@ class Inode:
     size: int
     top: int
     """Bytes up to which there may be data in chunks; it can be more than the size, and, of a sparse file, less."""
+    low: int
+    """A bit for each of the first chunks that may be there (presence.py)."""
+    levels: int
+    """How many levels of nodes there may be for the others."""
     rdev: int
     cuts: int
     """How often the file became shorter: who writes data beyond its end can see that it was cut meanwhile."""
@@ -100,6 +110,8 @@ class Inode:
                 self.nlink,
                 self.size,
                 self.top,
+                self.low,
+                self.levels,
                 self.rdev,
                 self.cuts & 0xFFFF_FFFF,
                 self.atime,
@@ -129,7 +141,7 @@ class Inode:
 
 
 def new_inode(mode: int, uid: int, gid: int, now: int, *, rdev: int = 0, parent: int = 0, target: bytes = b"") -> Inode:
-    return Inode(mode, uid, gid, 1, len(target), 0, rdev, 0, now, now, now, now, parent, 0, target)
+    return Inode(mode, uid, gid, 1, len(target), 0, 0, 0, rdev, 0, now, now, now, now, parent, 0, target)
 
 
 def drop_privileges(inode: Inode) -> None:

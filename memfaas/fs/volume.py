@@ -19,10 +19,12 @@ from memfaas.errors import MemfaasError
 from memfaas.fs.cells import Cell, Cells, Change, KeyValue
 from memfaas.fs.data import Data
 from memfaas.fs.directory import Directories, Entry, Leaf, check_name
+from memfaas.fs.ends import Ends
 from memfaas.fs.errors import fail
 from memfaas.fs.files import Files
 from memfaas.fs.locks import Locks
 from memfaas.fs.members import Members
+from memfaas.fs.presence import Presence
 from memfaas.fs.records import (
     DEFAULT_CHUNK,
     LINK_MAX,
@@ -76,7 +78,9 @@ class Volume:
         self.superblock = self._open(chunk)
         self.dirs = Directories(self.cells)
         self.data = Data(store, self.cells, self.superblock.chunk)
-        self.files = Files(self.cells, self.data, cache_s)
+        self.presence = Presence(self.cells, lambda: self.members.alone())
+        self.ends = Ends(self.cells, self.data, self.presence)
+        self.files = Files(self.cells, self.data, self.presence, self.ends, cache_s)
         self.members = Members(self.cells, self.files.is_open)
         self.locks = Locks(self.cells, self.members)
         self._numbers: Iterator[int] = iter(())
@@ -105,11 +109,13 @@ class Volume:
 
     def close(self) -> None:
         """Everything that was written is in the store, and this is no mount of the file system any more."""
-        self.files.flush_all()
-        self.free()
-        if not self.members.others():
-            self._free(list(self.members.waiting))
-        self.members.leave()
+        try:
+            self.files.flush_all()
+        finally:
+            self.free()
+            if not self.members.others():
+                self._free(list(self.members.waiting))
+            self.members.leave()
 
     def tick(self) -> None:
         """To be called every second or two: writes what waits, gives a sign of life, frees what was deleted."""
@@ -482,7 +488,7 @@ class Volume:
             cell = self.cells.load(inode_key(ino))
             if cell.value is not None:
                 inode = Inode.unpack(cell.value)
-                self.data.cut(ino, 0, inode.top)
+                self.ends.remove_all(ino, inode)
                 if inode.has_xattrs:
                     self.cells.update(xattr_key(ino), lambda _: None)
                 self.cells.update(inode_key(ino), lambda _: None)
