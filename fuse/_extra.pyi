@@ -1,4 +1,4 @@
-"""Requests of the kernel that pyfuse3 does not pass on: locks and fallocate."""
+"""Requests of the kernel that pyfuse3 does not pass on: locks, fallocate, and the search for holes."""
 
 from typing import Protocol, final
 
@@ -27,6 +27,8 @@ class Handlers(Protocol):
     """Called in the event loop; none may raise."""
 
     def fallocate(self, fh: int, mode: int, offset: int, length: int) -> int: ...
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """Where it is, or an errno, negative."""
     def get_lock(self, request: LockRequest) -> None: ...
     def set_lock(self, request: LockRequest) -> None: ...
     def set_flock(self, request: LockRequest) -> None: ...

@@ -19,6 +19,7 @@ cdef extern from "extra.h":
         int l_pid
     struct mf_extra_t "mf_extra":
         void (*fallocate)(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length, fuse_file_info *fi) noexcept
+        void (*lseek)(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, fuse_file_info *fi) noexcept
         void (*getlk)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi, flock_t *lock) noexcept
         void (*setlk)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi, flock_t *lock, int sleep) noexcept
         void (*flock)(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi, int op) noexcept
@@ -26,6 +27,7 @@ cdef extern from "extra.h":
         void (*unlocked)(fuse_ino_t ino, uint64_t owner) noexcept
     mf_extra_t mf_extra
     bint mf_extra_used
+    void mf_extra_reply_lseek(fuse_req_t req, off_t offset)
     int fuse_reply_err(fuse_req_t req, int error)
     int fuse_reply_lock(fuse_req_t req, const flock_t *lock)
     void fuse_req_interrupt_func(fuse_req_t req, void (*func)(fuse_req_t req, void *data) noexcept, void *data)
@@ -81,6 +83,17 @@ cdef void on_fallocate(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, o
         fuse_reply_err(req, error)
 
 
+cdef void on_lseek(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, fuse_file_info *fi) noexcept with gil:
+    cdef long long found = -EIO
+    try:
+        found = handlers.lseek(fi.fh, offset, whence)
+    finally:
+        if found < 0:
+            fuse_reply_err(req, -found)
+        else:
+            mf_extra_reply_lseek(req, found)
+
+
 cdef void on_getlk(fuse_req_t req, fuse_ino_t ino, fuse_file_info *fi, flock_t *lock) noexcept with gil:
     cdef LockRequest request = request_of(req, ino, fi)
     request.type, request.start, request.length, request.pid = lock.l_type, lock.l_start, lock.l_len, lock.l_pid
@@ -117,6 +130,7 @@ def install(object wanted):
     global handlers
     handlers = wanted
     mf_extra.fallocate = on_fallocate
+    mf_extra.lseek = on_lseek
     mf_extra.getlk = on_getlk
     mf_extra.setlk = on_setlk
     mf_extra.flock = on_flock

@@ -1,8 +1,9 @@
-/* pyfuse3 knows neither locks nor fallocate, and keeps its table of handlers to itself. So we stand in front of the
+/* pyfuse3 knows neither locks nor fallocate nor lseek, and keeps its table of handlers to itself. So we stand in front of the
  * function of libfuse that takes the table: this object is loaded, for all to see, before pyfuse3 is, whose call
  * then comes here. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -25,6 +26,15 @@ static void release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi) {
     if (fi->flock_release)
         mf_extra.unlocked(ino, fi->lock_owner);
     next_release(req, ino, fi);
+}
+
+void mf_extra_reply_lseek(fuse_req_t req, off_t offset) {
+#if FUSE_MINOR_VERSION >= 8
+    fuse_reply_lseek(req, offset);
+#else
+    (void)offset;
+    fuse_reply_err(req, ENOSYS);
+#endif
 }
 
 /* --- the first exchange ------------------------------------------------------------------------------------
@@ -101,6 +111,9 @@ struct fuse_session *fuse_session_new(struct fuse_args *args, const struct fuse_
         all.flush = flush;
         all.release = release;
         all.fallocate = mf_extra.fallocate;
+#if FUSE_MINOR_VERSION >= 8
+        all.lseek = mf_extra.lseek;
+#endif
         all.getlk = mf_extra.getlk;
         all.setlk = mf_extra.setlk;
         all.flock = mf_extra.flock;

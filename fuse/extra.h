@@ -10,6 +10,7 @@
 /* What extra.pyx does about them. `closed` and `unlocked` come before pyfuse3's own flush and release. */
 struct mf_extra {
     void (*fallocate)(fuse_req_t req, fuse_ino_t ino, int mode, off_t offset, off_t length, struct fuse_file_info *fi);
+    void (*lseek)(fuse_req_t req, fuse_ino_t ino, off_t offset, int whence, struct fuse_file_info *fi);
     void (*getlk)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock);
     void (*setlk)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, struct flock *lock, int sleep);
     void (*flock)(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi, int op);
@@ -17,6 +18,7 @@ struct mf_extra {
     void (*unlocked)(fuse_ino_t ino, uint64_t owner);
 };
 extern struct mf_extra mf_extra;
+void mf_extra_reply_lseek(fuse_req_t req, off_t offset);
 extern bool mf_extra_used; /* a session was made with them */
 
 #endif

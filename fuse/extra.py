@@ -1,4 +1,4 @@
-"""What pyfuse3 does not pass on: locks between mounts, and fallocate."""
+"""What pyfuse3 does not pass on: locks between mounts, fallocate, and the search for holes."""
 
 from __future__ import annotations
 
@@ -57,6 +57,18 @@ class Extra:
         else:
             return errno.EOPNOTSUPP
         return 0
+
+    # --- holes ------------------------------------------------------------------------------------------
+
+    def lseek(self, fh: int, offset: int, whence: int) -> int:
+        """Where the next data (os.SEEK_DATA) or hole (os.SEEK_HOLE) begins; an errno, negative."""
+        try:
+            return self._volume.files.seek(self._operations.file_of(fh), offset, whence)
+        except (OSError, MemfaasError) as error:
+            return -errno_of(error)
+        except Exception:
+            log.exception("lseek failed")
+            return -errno.EIO
 
     # --- locks ------------------------------------------------------------------------------------------
 

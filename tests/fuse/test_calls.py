@@ -227,6 +227,23 @@ def test_a_huge_sparse_file_comes_and_goes_at_once(here: Path) -> None:
     (here / "f").unlink()
 
 
+def test_data_that_is_far_apart_comes_and_goes_at_once(here: Path) -> None:
+    descriptor = os.open(here / "f", os.O_CREAT | os.O_RDWR)
+    for offset in (0, 10 << 20, 1 << 61):
+        os.pwrite(descriptor, b"data", offset)
+    os.fsync(descriptor)
+    assert os.fstat(descriptor).st_blocks * 512 == 2 * os.fstat(descriptor).st_blksize + 512
+    assert os.pread(descriptor, 10, (1 << 61) - 3) == b"\0\0\0data"
+    os.truncate(here / "f", 1 << 60)
+    assert os.lseek(descriptor, 1 << 20, os.SEEK_DATA) == 10 << 20
+    assert os.lseek(descriptor, 10 << 20, os.SEEK_HOLE) == (10 << 20) + os.fstat(descriptor).st_blksize
+    with pytest.raises(OSError, match="No such device or address"):
+        os.lseek(descriptor, 11 << 20, os.SEEK_DATA)
+    assert os.lseek(descriptor, -1, os.SEEK_END) == (1 << 60) - 1
+    os.close(descriptor)
+    (here / "f").unlink()
+
+
 def test_appends_go_to_the_end(here: Path) -> None:
     path = here / "f"
     path.write_bytes(b"begin")
@@ -354,6 +371,27 @@ def test_a_full_store_is_enospc_and_deleting_helps(shared: Mount, here: Path) ->
     time.sleep(2)
     (here / "g").write_bytes(bytes(20 << 20))
     assert (here / "g").stat().st_size == 20 << 20
+
+
+@pytest.mark.slow
+def test_who_appends_to_a_full_store_has_each_line_once(shared: Mount, here: Path) -> None:
+    with (here / "fill").open("wb", buffering=0) as file:
+        fails(errno.ENOSPC, lambda: [file.write(bytes(1 << 20)) for _ in range(200)])
+        assert file.tell() == os.fstat(file.fileno()).st_size
+    written = 0
+    with (here / "log").open("ab", buffering=0) as file:
+
+        def append() -> None:
+            nonlocal written
+            while True:
+                written += file.write(b"x" * 100_000)
+
+        fails(errno.ENOSPC, append)
+        assert (here / "log").stat().st_size == written
+        os.truncate(here / "fill", 0)
+        time.sleep(2)
+        file.write(b"end")
+    assert (here / "log").read_bytes() == b"x" * written + b"end"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

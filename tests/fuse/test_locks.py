@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
@@ -164,17 +165,19 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
         raise OSError(ctypes.get_errno(), "fallocate")
 
 
-def test_room_can_be_had_in_advance(mounted: Mount, store: Store) -> None:
+def test_room_is_asked_for_in_advance(mounted: Mount) -> None:
     with (mounted / "f").open("w+b", buffering=0) as file:
-        fallocate(file.fileno(), 0, 0, 10 << 20)
+        os.posix_fallocate(file.fileno(), 0, 10 << 20)
         assert os.fstat(file.fileno()).st_size == 10 << 20
-        assert store.info().used > 10 << 20
+        assert os.fstat(file.fileno()).st_blocks == 0, "it is not kept free"
         fallocate(file.fileno(), KEEP_SIZE, 10 << 20, 1 << 20)
         assert os.fstat(file.fileno()).st_size == 10 << 20
         assert file.read() == bytes(10 << 20)
-        with pytest.raises(OSError, match="fallocate") as caught:
-            fallocate(file.fileno(), 0, 0, 1 << 30)
-        assert caught.value.errno == errno.ENOSPC
+        for mode, length in itertools.product((0, KEEP_SIZE), (1 << 30, 1 << 60)):
+            with pytest.raises(OSError, match="fallocate") as caught:
+                fallocate(file.fileno(), mode, 0, length)
+            assert caught.value.errno == errno.ENOSPC
+        assert os.fstat(file.fileno()).st_size == 10 << 20
 
 
 def test_holes_can_be_punched(mounted: Mount, store: Store) -> None:
@@ -183,6 +186,7 @@ def test_holes_can_be_punched(mounted: Mount, store: Store) -> None:
         os.fsync(file.fileno())
         used = store.info().used
         fallocate(file.fileno(), PUNCH_HOLE | KEEP_SIZE, 100_000, 3 << 20)
+        assert os.fstat(file.fileno()).st_blocks * 512 < (4 << 20) - (3 << 20) + 3 * 65536
         assert os.pread(file.fileno(), 4 << 20, 0) == b"x" * 100_000 + bytes(3 << 20) + b"x" * ((1 << 20) - 100_000)
         deadline = time.monotonic() + 10
         while store.info().used > used - (2 << 20):
