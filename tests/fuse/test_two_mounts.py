@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from memfaas.client.store import Store
@@ -238,3 +239,59 @@ def _check_burst(folder: Path, last: int) -> None:
         found = name.read_bytes().split()
         assert len(set(found)) == 1
         assert int(found[0]) in (number, last + 1 if (last + 1) % 50 == number % 50 else number)
+
+
+_IN_PLACE = """
+import os, random, sys
+folder, seed = sys.argv[1], int(sys.argv[2])
+chance = random.Random(seed)
+files = [os.open(os.path.join(folder, str(number)), os.O_CREAT | os.O_RDWR) for number in range(3)]
+fill = 0
+while True:
+    fill = fill % 255 + 1
+    file = chance.randrange(3)
+    offset, length = chance.randrange(6 << 20), chance.choice((100, 5000, 70_000, 300_000))
+    print("write", file, offset, length, fill, flush=True)
+    os.pwrite(files[file], bytes([fill]) * length, offset)
+    if chance.random() < 0.3:
+        os.fsync(files[file])
+        print("synced", file, 0, 0, 0, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mount_that_is_killed_in_a_burst_has_all_that_was_synced(mount: Mounter, store: Store, seed: int) -> None:
+    """Writes in place, all over some files: each byte is as it was synced, or as a later write would have it."""
+    survivor, victim = mount(store.name, "--cache", "0s"), mount(store.name)
+    command = [sys.executable, "-c", _IN_PLACE, str(victim.folder), str(seed)]
+    lines: list[bytes] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as program:
+        assert program.stdout is not None
+        for _ in range(random.Random(seed).randrange(30, 150)):
+            lines.append(program.stdout.readline())
+        victim.kill()
+        lines += program.stdout
+    synced = [np.zeros(7 << 20, np.uint8) for _ in range(3)]
+    later: list[list[tuple[int, int, int]]] = [[] for _ in range(3)]
+    for line in lines:
+        what, *numbers = line.split()
+        file, offset, length, fill = map(int, numbers)
+        if what == b"write":
+            later[file].append((offset, offset + length, fill))
+            continue
+        for start, end, value in later[file]:
+            synced[file][start:end] = value
+        later[file].clear()
+    assert sum(model.any() for model in synced) > 0
+    for file in range(3):
+        raw = (survivor / str(file)).read_bytes()
+        found = np.zeros(7 << 20, np.uint8)
+        found[: len(raw)] = np.frombuffer(raw, np.uint8)
+        right = found == synced[file]
+        for start, end, value in later[file]:
+            right[start:end] |= found[start:end] == value
+        assert right.all(), f"file {file}, from byte {np.argmin(right)}"
+        (survivor / str(file)).write_bytes(b"the survivor goes on")
+    survivor.unmount()
+    assert check(store).wrong == []
