@@ -39,7 +39,7 @@ struct mf_end {
     struct connection *connection;
     struct mf_pair pair;
     uint8_t *buffer; /* messages received, messages to send, landing area */
-    struct ibv_mr *messages, *landing;
+    struct ibv_mr *messages, *landing; /* the latter of a shard only */
     uint32_t replies;
     bool broken;
     bool more; /* messages may have come that no event will tell of */
@@ -427,13 +427,17 @@ static int connect_end(struct mf_end *end, const struct mf_address *peer) {
     if (error)
         return error;
     end->messages = mf_verbs.reg_mr(verbs->pd, end->buffer, AREA, IBV_ACCESS_LOCAL_WRITE);
-    end->landing = mf_verbs.reg_mr(verbs->pd, end->buffer + AREA, MF_LANDING,
-                                   IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
-    if (!end->messages || !end->landing)
+    if (!end->messages)
         return mf_errno();
     unsigned access = IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE;
-    if (verbs->memory->at.kind == MF_REGION)
+    if (verbs->memory->at.kind == MF_REGION) {
         access |= IBV_ACCESS_REMOTE_ATOMIC;
+    } else {
+        end->landing = mf_verbs.reg_mr(verbs->pd, end->buffer + AREA, MF_LANDING,
+                                       IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE);
+        if (!end->landing)
+            return mf_errno();
+    }
     if ((error = mf_pair_connect(&end->pair, peer, access)))
         return error;
     for (uint64_t slot = 0; slot < MF_SLOTS; slot++)
@@ -449,8 +453,8 @@ static void welcome_of(struct mf_end *end, uint64_t first_key, struct mf_welcome
                                    .kind = verbs->memory->at.kind,
                                    .size = verbs->memory->at.size,
                                    .data = (uintptr_t)verbs->memory->data,
-                                   .landing = (uintptr_t)(end->buffer + AREA),
-                                   .landing_key = end->landing->rkey,
+                                   .landing = end->landing ? (uintptr_t)end->landing->addr : 0,
+                                   .landing_key = end->landing ? end->landing->rkey : 0,
                                    .first_key = (uint32_t)first_key};
 }
 
