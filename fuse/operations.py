@@ -81,11 +81,13 @@ def _handler(
 
 
 class _Handle:
-    __slots__ = ("appends", "file")
+    __slots__ = ("appends", "file", "heard")
 
     def __init__(self, file: OpenFile, appends: bool) -> None:
         self.file = file
         self.appends = appends
+        self.heard = file.failures
+        """Of how many losses of the file its owner knows."""
 
 
 class _Listing:
@@ -409,7 +411,13 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             self._drop_capability(handle.file.ino)
         if handle.appends:
             return self._volume.files.append(handle.file, buf)[1]
-        return self._volume.files.write(handle.file, off, buf)
+        files, file = self._volume.files, handle.file
+        inside = off + len(buf) <= file.size
+        written = files.write(file, off, buf)
+        while inside and written < len(buf):
+            # It may come from a mapping: then the kernel does not mind that it was less, but it does mind an error.
+            written += files.write(file, off + written, buf[written:])
+        return written
 
     def _drop_capability(self, ino: int) -> None:
         """Who writes to a program must not leave it its rights. (The kernel leaves that to us: extra.c.)"""
@@ -419,20 +427,26 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     async def flush(self, fh: int) -> None:
         file = self._file(fh).file
         written = file.mtime is not None
-        await self._sync(file)
+        await self._sync(self._file(fh))
         if written:
             self._note(file)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(self._file(fh).file)
+        await self._sync(self._file(fh))
 
-    async def _sync(self, file: OpenFile) -> None:
+    async def _sync(self, handle: _Handle) -> None:
+        """What is given up is said once to each who has the file open: it may be his."""
+        file = handle.file
         try:
             await self._flush(file)
         except pyfuse3.FUSEError as error:
             if error.errno == errno.ENOSPC:
                 self._volume.files.give_up(file)
+            handle.heard = file.failures
             raise
+        if handle.heard != file.failures:
+            handle.heard = file.failures
+            raise pyfuse3.FUSEError(file.failure)
 
     @_handler
     def _flush(self, file: OpenFile) -> None:
@@ -443,7 +457,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         del self._handles[fh]
         written = handle.file.mtime is not None
         try:  # it was flushed, but for what was written through a mapping since
-            await self._sync(handle.file)
+            await self._sync(handle)
         except pyfuse3.FUSEError as error:
             log.error("file %r: %s", handle.file.name.decode(errors="replace"), os.strerror(error.errno))
         try:

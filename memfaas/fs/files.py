@@ -16,7 +16,7 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ValueCorrupt
@@ -50,6 +50,8 @@ class OpenFile:
         "dirty",
         "end",
         "error",
+        "failure",
+        "failures",
         "handles",
         "ino",
         "inode",
@@ -78,14 +80,17 @@ class OpenFile:
         """Since when that is because it can't be stored."""
         self.error = 0
         """What the next flush has to say about data that is given up: an errno."""
+        self.failures, self.failure = 0, 0
+        """How often data was given up, and the errno of the last time: for who wants to tell each handle."""
         self.announced: int | None = None
         """The size, if it is one that we gave to the file and not all data up to there is stored."""
         self.base = 0
         """The size that it had before."""
         self.stored = 0
         """Up to where data was stored since."""
-        self.place: tuple[int, int] | None = None
-        """Start and length of an append that found no room, while others have appended more."""
+        self.place: tuple[int, int, int] | None = None
+        """Start and length of an append that found no room, while others have appended more; and how often the file
+        had been cut."""
 
     @property
     def size(self) -> int:
@@ -234,13 +239,16 @@ class Files:
                         self._make_ready(file, offset, end)
                         ready = True
                     self._put(file, index, piece)
-            except (OSError, MemfaasError):
+            except (OSError, MemfaasError) as error:
                 if at == 0:
                     file.mtime = before
                 self._give_back(file)
-                if at == 0:
-                    raise
-                return at
+                if at:
+                    return at
+                if isinstance(error, LeaseLost):
+                    self._say_lost(file, [(offset, offset + high - low)], error)
+                    raise fail(errno.EIO, file.name) from error
+                raise
             at += high - low
             file.end = max(file.end, offset + at)
         return at
@@ -268,7 +276,7 @@ class Files:
         inode = file.inode
         known = not low_bits(first, last) & ~inode.low and levels(last) <= inode.levels
         if end > min(inode.size, inode.top) or not known:
-            self._announce(file, end, first, last)
+            self._announce(file, end, range(first, last))
         self._presence.mark(file.ino, range(max(first, LOW), last))
 
     def _put(self, file: OpenFile, index: int, data: memoryview | bytearray) -> None:
@@ -310,9 +318,12 @@ class Files:
 
     def _take_place(self, file: OpenFile, length: int) -> int:
         """Makes the file longer by so much. From where on."""
-        if file.place is not None and file.place[1] == length:
-            start, file.place = file.place[0], None
-            return start
+        if file.place is not None:
+            self.renewed(file.ino)
+            start, room, cuts = file.place
+            file.place = None
+            if (room, cuts) == (length, file.inode.cuts):
+                return start
         start = 0
         now = time.time_ns()
 
@@ -331,25 +342,25 @@ class Files:
 
     def _give_place_back(self, file: OpenFile, start: int, length: int, written: int) -> None:
         try:
-            if not self._ends.shrink(file.ino, start + length, start + written) and not written:
-                file.place = start, length  # for who tries again
+            shrunk = self._ends.shrink(file.ino, start + length, start + written)
+            self.renewed(file.ino)
+            if not shrunk and not written:
+                file.place = start, length, file.inode.cuts  # for who tries again
         except (OSError, MemfaasError) as error:
             name = file.name.decode(errors="replace")
             log.warning("file %r: bytes %d to %d stay zeros: %s", name, start + written, start + length, error)
-        self.renewed(file.ino)
 
     def _change(self, file: OpenFile, change: Callable[[Inode], None]) -> None:
         self.saw(file.ino, self._ends.change(file.ino, change))
 
-    def _announce(self, file: OpenFile, end: int = 0, first: int = 0, last: int = 0) -> None:
+    def _announce(self, file: OpenFile, end: int, chunks: Collection[int]) -> None:
         """Brings size and times to the store, and which chunks there will be, before data that may lie beyond the
         size that is there."""
         end = max(end, file.end)
-        before = 0
-        bits = low_bits(first, last)
-        for index in file.dirty:
+        before = bits = 0
+        for index in chunks:
             bits |= low_bits(index, index + 1)
-            last = max(last, index + 1)
+        depth = levels(max(chunks, default=-1) + 1)
 
         def apply(inode: Inode) -> None:
             nonlocal before
@@ -358,7 +369,7 @@ class Files:
             inode.size = max(inode.size, end)
             inode.top = max(inode.top, end)
             inode.low |= bits
-            inode.levels = max(inode.levels, levels(last))
+            inode.levels = max(inode.levels, depth)
             if file.mtime is not None:
                 inode.mtime = inode.ctime = max(inode.mtime, file.mtime)
             drop_privileges(inode)
@@ -402,7 +413,7 @@ class Files:
         if file.mtime is None:
             return None
         try:
-            self._announce(file)
+            self._announce(file, file.end, file.dirty)
         except (OSError, MemfaasError) as failed:
             return failed
         cuts, end = file.inode.cuts, file.end
@@ -448,7 +459,8 @@ class Files:
                 file.stored = max(file.stored, end)
                 self._forget(file, index)
         if why is not None:
-            file.error = errno.EIO
+            file.error = file.failure = errno.EIO
+            file.failures += 1
             self._say_lost(file, lost, why)
         return waits
 
@@ -469,6 +481,8 @@ class Files:
             waits = sorted(file.dirty.items())
             ranges = [(index * chunk + dirty.start, index * chunk + dirty.end) for index, dirty in waits]
             self._say_lost(file, ranges, "they could not be stored")
+            file.failures += 1
+            file.failure = errno.ENOSPC
             for index in list(file.dirty):
                 self._forget(file, index)
             file.end = 0

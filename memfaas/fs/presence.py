@@ -8,6 +8,8 @@ time, and a file of less than 256 MiB has but one leaf. Bits are set from the to
 
 Another mount that has seen a bit set may store the chunk at any time. So bits are taken back only by a mount that is
 alone, in a transaction with the list of mounts; otherwise they stay until the file is deleted.
+
+Of a node whose memory is lost, all bits count as set: then it takes longer to find what there is, but all is found.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
-from memfaas.errors import CapacityError
+from memfaas.errors import CapacityError, LeaseLost
 from memfaas.fs.cells import Cells, Change
 from memfaas.fs.records import Inode, bits_key
 
@@ -23,6 +25,10 @@ LOW = 64
 """So many chunks have their bits in the inode."""
 _WIDTH_BITS = 12
 _WIDTH = 1 << _WIDTH_BITS
+_LOST = -1
+"""The bits of a node whose memory is lost: all are set."""
+_SEARCHED = 1
+"""Up to this level all nodes below one that is lost are searched."""
 _MARK = b"B"
 """First byte of a node: no value of a cell may begin as a claim does."""
 
@@ -71,10 +77,13 @@ class Presence:
             wanted = 0
             for index in some:
                 wanted |= 1 << (index & (_WIDTH - 1))
-            if wanted & ~_unpacked(self._cells.read(bits_key(ino, 0, leaf))):
+            bits = self._node(ino, 0, leaf)
+            if wanted & ~bits or bits == _LOST:
                 for level, node, bit in reversed(list(self._above(leaf))):
-                    self._set(bits_key(ino, level, node), 1 << bit)
-                self._set(bits_key(ino, 0, leaf), wanted)
+                    if not self._node(ino, level, node) >> bit & 1:
+                        self._set(bits_key(ino, level, node), 1 << bit)
+                if bits != _LOST:
+                    self._set(bits_key(ino, 0, leaf), wanted)
 
     @staticmethod
     def _above(leaf: int) -> Iterator[tuple[int, int, int]]:
@@ -84,6 +93,15 @@ class Presence:
             yield level, leaf >> _WIDTH_BITS, leaf & (_WIDTH - 1)
             leaf >>= _WIDTH_BITS
             level += 1
+
+    def _node(self, ino: int, level: int, node: int) -> int:
+        """Its bits."""
+        try:
+            return _unpacked(self._cells.read(bits_key(ino, level, node)))
+        except LeaseLost:
+            if level > _SEARCHED:
+                raise
+            return _LOST
 
     def _set(self, key: bytes, bits: int) -> None:
         self._cells.update(key, lambda old: _packed(_unpacked(old) | bits))
@@ -103,7 +121,7 @@ class Presence:
     def missing(self, ino: int, inode: Inode, indices: Iterable[int]) -> Iterator[int]:
         """Which of some chunks, in order, are not there."""
         for leaf, some in groupby(indices, lambda index: index >> _WIDTH_BITS):
-            bits = _unpacked(self._cells.read(bits_key(ino, 0, leaf))) if inode.levels else 0
+            bits = self._node(ino, 0, leaf) if inode.levels else 0
             if leaf == 0:
                 bits = bits & ~_bits(0, LOW) | inode.low
             for index in some:
@@ -121,7 +139,7 @@ class Presence:
     def _below(self, ino: int, level: int, node: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         shift = level * _WIDTH_BITS
         base = node << (shift + _WIDTH_BITS)
-        bits = _unpacked(self._cells.read(bits_key(ino, level, node)))
+        bits = self._node(ino, level, node)
         if level and node == 0:
             bits |= 1
         bits &= _bits(max(start - base, 0) >> shift, min(((end - 1 - base) >> shift) + 1, _WIDTH))
@@ -143,7 +161,10 @@ class Presence:
             gone = 0
             for index in some:
                 gone |= 1 << (index & (_WIDTH - 1))
-            cell = self._cells.load(bits_key(ino, 0, leaf))
+            try:
+                cell = self._cells.load(bits_key(ino, 0, leaf))
+            except LeaseLost:
+                continue
             if cell.value is not None and not self.commit(Change(cell, _packed(_unpacked(cell.value) & ~gone))):
                 return
 
@@ -161,9 +182,10 @@ class Presence:
             self._discard(ino, inode.levels - 1, 0)
 
     def _discard(self, ino: int, level: int, node: int) -> None:
-        key = bits_key(ino, level, node)
         if level:
-            bits = _unpacked(self._cells.read(key))
-            for bit in _ones(bits | (node == 0)):
+            for bit in _ones((self._node(ino, level, node) | (node == 0)) & _bits(0, _WIDTH)):
                 self._discard(ino, level - 1, node * _WIDTH + bit)
-        self._cells.update(key, lambda _: None)
+        try:
+            self._cells.update(bits_key(ino, level, node), lambda _: None)
+        except LeaseLost:
+            pass  # it is gone already

@@ -190,6 +190,26 @@ def test_an_append_that_is_tried_again_keeps_its_place_before_that_of_another_mo
     assert read(Volume(store), ino) == b"ourstheirs"
 
 
+def test_an_append_that_is_tried_again_writes_over_nothing_when_the_file_was_cut(full: Full, store: Store) -> None:
+    volume, other = Volume(full), Volume(store)
+    ino = make(volume, b"f")
+    file, theirs = opened(volume, ino), opened(other, ino)
+
+    def before(name: str, key: bytes) -> None:
+        if name == "_save_if" and key[:1] == b"c":
+            other.files.append(theirs, b"theirs")
+            raise StoreFull("no room")
+
+    full._before = before
+    with pytest.raises(CapacityError):
+        volume.files.append(file, b"ours")
+    other.files.truncate(ino, 0, 0)
+    other.files.append(theirs, b"theirs")
+    full._before = full._count
+    volume.files.append(file, b"ours")
+    assert read(Volume(store), ino) == b"theirsours"
+
+
 def test_a_write_for_which_there_is_no_room_leaves_the_size(full: Full, store: Store) -> None:
     volume = Volume(full)
     ino = make(volume, b"f")
@@ -291,6 +311,8 @@ def test_one_lost_chunk_takes_no_other_data_along(store: Store, caplog: pytest.L
         [(str(CHUNK + 7), str(CHUNK + 17))]
     ]
     fails(errno.EIO, volume.files.read, file, CHUNK, 1)
+    fails(errno.EIO, volume.files.write, file, CHUNK, b"1" * CHUNK)
+    assert f"file 'f' (inode {ino}): bytes {CHUNK} to {2 * CHUNK} are lost" in caplog.text
     assert volume.files.read(file, 2 * CHUNK + 7, 10) == b"2" * 10
 
 
@@ -314,6 +336,34 @@ def test_a_file_with_a_lost_chunk_keeps_no_other_file_from_being_written(
     with pytest.raises(OSError, match="Errno 5"):
         volume.close()
     assert Volume(store).members.others() == [], "it left all the same"
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_file_whose_index_is_lost_is_read_written_and_deleted(store: Store, level: int) -> None:
+    def before(name: str, key: bytes) -> None:
+        if lost and key[:1] == b"b" and key[9] == level:
+            raise ValueLost("its memory is gone")
+
+    lost: list[bool] = []
+    volume = Volume(Watched(store, before))
+    ino = make(volume, b"f")
+    write(volume, ino, 100 * CHUNK, b"x")
+    write(volume, ino, 5000 * CHUNK, b"x")
+    lost.append(True)
+    file = opened(volume, ino)
+    assert volume.files.read(file, 5000 * CHUNK, 10) == b"x"
+    assert volume.files.data_bytes(ino, volume.inode(ino)) >= CHUNK + 1
+    for index in (6000, 9000):
+        volume.files.write(file, index * CHUNK, b"y" * CHUNK)
+    volume.files.punch(file, 200 * CHUNK, 6000 * CHUNK)
+    assert chunks(store) == [100, 9000]
+    volume.files.truncate(ino, 200 * CHUNK, 0)
+    assert chunks(store) == [100]
+    volume.files.close(file)
+    volume.unlink(ROOT, b"f")
+    volume.free()
+    assert chunks(store) == []
+    fails(errno.ESTALE, volume.inode, ino)
 
 
 # --- far apart --------------------------------------------------------------------------------------------------

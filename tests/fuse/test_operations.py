@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pyfuse3
 import pytest
@@ -13,7 +14,8 @@ from memfaas.errors import DeadlineExceeded
 from memfaas.fs.records import ROOT
 from memfaas.fs.volume import Volume
 from memfaas.fuse.operations import Operations
-from tests.fuse.test_data import Watched
+from tests.fuse.test_data import CHUNK, Full, Watched, write
+from tests.fuse.test_volume import make
 
 
 def test_memory_that_does_not_answer_is_said_to_the_log(store: Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -30,3 +32,39 @@ def test_memory_that_does_not_answer_is_said_to_the_log(store: Store, caplog: py
         trio.run(operations.getattr, ROOT, None)
     assert caught.value.errno == errno.ETIMEDOUT
     assert "getattr: shard 0 did not answer in time" in caplog.text
+
+
+def test_a_write_within_a_file_fails_and_one_at_its_end_is_shorter_when_there_is_no_room(store: Store) -> None:
+    """What is written through a mapping lies within the file, and the kernel does not look how much of it was taken."""
+    full = Full(store)
+    volume = Volume(full)
+    operations = Operations(volume, lambda: (100, 0), 0.0)
+    ino = make(volume, b"f")
+    write(volume, ino, 0, b"old" * CHUNK)
+    handle = trio.run(operations.open, ino, os.O_RDWR, None).fh
+    full.room = 2
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        trio.run(operations.write, handle, 0, b"new" * CHUNK)
+    assert caught.value.errno == errno.ENOSPC
+    full.room = 2
+    assert trio.run(operations.write, handle, 3 * CHUNK, b"new" * CHUNK) == 2 * CHUNK
+    trio.run(operations.release, handle)
+    assert volume.inode(ino).size == 5 * CHUNK
+
+
+def test_each_who_has_a_file_open_hears_once_that_its_data_was_given_up(store: Store) -> None:
+    full = Full(store)
+    operations = Operations(Volume(full), lambda: (100, 0), 0.0)
+    ino = make(operations.volume, b"f")
+    handles = [trio.run(operations.open, ino, os.O_RDWR, None).fh for _ in range(2)]
+    for index, handle in enumerate(handles):
+        trio.run(operations.write, handle, index * CHUNK, b"data")
+    full.room = 0
+    for handle in handles:
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            trio.run(operations.fsync, handle, False)
+        assert caught.value.errno == errno.ENOSPC
+    for handle in [*handles, trio.run(operations.open, ino, os.O_RDWR, None).fh]:
+        trio.run(operations.fsync, handle, False)
+        trio.run(operations.release, handle)
+    assert operations.volume.inode(ino).size == 0
