@@ -3,7 +3,7 @@
 All requests of a mount run one after the other in the event loop, without a change of thread: over shm each takes some
 microseconds, which is less than the change would. What several processes have at once is in the store.
 
-The kernel keeps names and attributes for `cache_s`, and data as long as a file has the times and size that this
+The kernel keeps names and attributes for `cache_s`, and data as long as a file is of the version that this
 mount saw when it was closed here. An open looks at the inode itself, so it never meets data older than the last
 close or fsync elsewhere. A name that the kernel kept may lead to an inode that was deleted meanwhile: open says
 ESTALE, and the kernel looks again.
@@ -109,8 +109,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         self._cache_s = cache_s
         self._handles: dict[int, _Handle | _Listing] = {}
         self._next_handle = 1
-        self._known: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
-        """What the kernel's copy of a file's data was read from, or written to."""
+        self._known: OrderedDict[int, int] = OrderedDict()
+        """Of which version of a file the kernel has data."""
+        self._outdated: dict[int, tuple[OpenFile, int]] = {}
+        """Open files of which it has to read anew, and the version that it reads then at least."""
         self._statfs: tuple[float, int, int] = (0.0, 0, 0)
         self._said: dict[str, float] = {}
         self._names: dict[int, tuple[int, bytes]] = {}
@@ -189,38 +191,40 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     def is_outdated(self, ino: int) -> bool:
         """Whether another mount has changed a file that is open here."""
         file = self._volume.files.renewed(ino)
-        return file is not None and file.mtime is None and self._known.get(ino) != self._print(file)
+        if file is None or file.kept == file.inode.version:
+            return False
+        self._outdated[ino] = file, file.inode.version
+        return True
 
     def forget_data(self, ino: int) -> None:
-        """The kernel reads it anew. Not in the event loop."""
-        file = self._volume.files.renewed(ino)
+        """What was outdated, the kernel reads anew. In another thread than the event loop, which it may wait for."""
+        found = self._outdated.get(ino)
         try:
             pyfuse3.invalidate_inode(ino)
         except OSError:
             pass  # it has nothing
-        if file is not None:
-            self._note(file)
-
-    @staticmethod
-    def _print(file: OpenFile) -> tuple[int, int, int]:
-        return file.inode.mtime, file.inode.size, file.inode.cuts
+        if found is not None:
+            file, version = found
+            file.kept = version
 
     def _note(self, file: OpenFile) -> None:
-        """The kernel's copy is as the file is now."""
-        self._known[file.ino] = self._print(file)
-        self._known.move_to_end(file.ino)
-        if len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
+        """What the kernel has when the file is closed."""
+        if file.kept is not None:
+            self._known[file.ino] = file.kept
+            self._known.move_to_end(file.ino)
+            if len(self._known) > _KNOWN:
+                self._known.popitem(last=False)
 
     def _info(self, file: OpenFile, flags: int) -> pyfuse3.FileInfo:
         appends = bool(flags & os.O_APPEND)
-        known = self._known.get(file.ino)
-        same = file.mtime is not None or known == self._print(file)
+        known = file.kept if file.handles > 1 else self._known.get(file.ino)
+        same = known == file.inode.version
         if known is not None and not same:
             try:
                 pyfuse3.invalidate_inode(file.ino, attr_only=True)
             except OSError:
                 pass  # the kernel does not know it
+        file.kept = file.inode.version
         self._note(file)
         handle = self._new_handle(_Handle(file, appends))
         return pyfuse3.FileInfo(fh=handle, keep_cache=same, direct_io=appends)
@@ -441,7 +445,6 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     async def release(self, fh: int) -> None:
         handle = self._file(fh)
         del self._handles[fh]
-        written = handle.file.mtime is not None
         try:  # it was flushed, but for what was written through a mapping since
             await self._sync(handle.file)
         except pyfuse3.FUSEError as error:
@@ -450,8 +453,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             self._volume.files.close(handle.file)
         except (OSError, MemfaasError) as error:
             log.error("file %r: %s", handle.file.name.decode(errors="replace"), error)
-        if written:
-            self._note(handle.file)
+        self._note(handle.file)
+        if handle.file.handles == 0:
+            self._outdated.pop(handle.file.ino, None)
 
 
 def _check_xattr(name: bytes) -> None:

@@ -53,6 +53,7 @@ class OpenFile:
         "handles",
         "ino",
         "inode",
+        "kept",
         "mtime",
         "name",
         "place",
@@ -74,6 +75,9 @@ class OpenFile:
         """When it was written last, if that is not in the store."""
         self.changed = 0.0
         """Since when something waits."""
+        self.kept: int | None = None
+        """The inode's version of which the one that keeps a copy of the data has it, if somebody does. What is written
+        here moves it along; when another mount has changed the file, too, it stays behind for good."""
         self.stuck: float | None = None
         """Since when that is because it can't be stored."""
         self.error = 0
@@ -339,7 +343,10 @@ class Files:
         self.renewed(file.ino)
 
     def _change(self, file: OpenFile, change: Callable[[Inode], None]) -> None:
-        self.saw(file.ino, self._ends.change(file.ino, change))
+        inode = self._ends.change(file.ino, change)
+        self.saw(file.ino, inode)
+        if file.kept == inode.version - 1:
+            file.kept = inode.version
 
     def _announce(self, file: OpenFile, end: int = 0, first: int = 0, last: int = 0) -> None:
         """Brings size and times to the store, and which chunks there will be, before data that may lie beyond the
@@ -410,12 +417,10 @@ class Files:
         if not file.dirty:
             self._clean(file)
         try:
-            inode = self._ends.inode(file.ino)
-            if inode is not None and inode.cuts != cuts:
+            self._change(file, lambda inode: None)  # who read it meanwhile has not read all of it
+            if file.inode.cuts != cuts:
                 self._ends.came_late(file.ino, end)
                 self.renewed(file.ino)
-            elif inode is not None:
-                self.saw(file.ino, inode)
         except (OSError, MemfaasError) as failed:
             error = error or failed
         return error

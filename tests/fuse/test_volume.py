@@ -15,6 +15,7 @@ import pytest
 from memfaas.client.store import Store
 from memfaas.fs import members
 from memfaas.fs.check import check
+from memfaas.fs.files import OpenFile
 from memfaas.fs.records import ROOT
 from memfaas.fs.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Attributes, Volume
 from tests.fuse.test_cells import Killed, Mortal
@@ -358,6 +359,43 @@ def test_who_is_killed_while_it_cuts_a_file_leaves_nothing_behind_its_end(store:
             other.files.write(grown, 199_999, b"\0")
             other.files.flush(grown)
         assert other.files.read(grown, 0, 200_000) == b"x" * size + bytes(200_000 - size)
+
+
+def test_each_change_of_the_data_is_another_version(store: Store) -> None:
+    """Also when time and size stay. Who reads while it is written has none that counts later."""
+    other = Volume(store)
+    ino = make(other, b"f")
+    seen: list[int] = []
+
+    class Slow:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if name in ("_save", "_save_if") and args[0][:1] == b"c":
+                    seen.append(other.inode(ino).version)
+                return getattr(store, name)(*args)
+
+            return call
+
+    volume = Volume(Slow())
+
+    def changes(change: Callable[[OpenFile], object]) -> None:
+        before = volume.inode(ino).version
+        file = volume.files.open(ino)
+        change(file)
+        volume.files.close(file)
+        volume.set_attributes(ino, Attributes(mtime=1))
+        after = other.inode(ino).version
+        assert after > max(seen, default=before)
+        assert after > before
+
+    changes(lambda file: volume.files.write(file, 0, b"small"))
+    changes(lambda file: volume.files.write(file, 0, b"Small"))
+    changes(lambda file: volume.files.write(file, 0, b"x" * 200_000))
+    changes(lambda file: volume.files.write(file, 0, b"X" * 200_000))
+    changes(lambda file: volume.files.append(file, b"end"))
+    changes(lambda file: volume.files.punch(file, 0, 100_000))
+    changes(lambda file: volume.files.truncate(ino, 10, 0))
+    assert len(seen) >= 8
 
 
 # --- attributes -------------------------------------------------------------------------------------------------
