@@ -394,12 +394,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
-            try:  # another mount has just made it
-                ino, inode = self._volume.lookup(parent_inode, name)
-                info = self._opened(ino, flags)
-                return info, self._attributes(ino, self._volume.inode(ino))
+            try:
+                self._volume.lookup(parent_inode, name)
             except FileNotFoundError:
-                pass  # and taken it away
+                continue
+            # Another mount has just made it. The kernel looks again, and whether this one may open it.
+            raise fail(errno.ESTALE, name)
 
     @_handler
     def read(self, fh: int, off: int, size: int) -> bytes:

@@ -368,7 +368,7 @@ class Volume:
     def _removal(self, ino: int) -> list[Change]:
         """What takes an empty directory away, besides its name."""
         try:
-            changes = self.dirs.removal(ino)
+            changes = [self.dirs.removal(ino)]
         except FileNotFoundError:
             return []  # another mount is taking it away: the name has changed, too
         for key in (inode_key(ino), xattr_key(ino)):
@@ -410,6 +410,9 @@ class Volume:
         self._check_dir(new_parent)
         target = self.dirs.roomy_leaf(new_parent, new_name)
         source, entry = self._entry(parent, name)
+        same = source.cell.key == target.cell.key
+        if same:
+            target = source  # it was read later: the entry is in it
         other = target.find(new_name)
         exchange = flags == RENAME_EXCHANGE
         if other is None and exchange:
@@ -435,9 +438,6 @@ class Volume:
         if parent != new_parent:
             moves = [(entry, new_parent)] + ([(other, parent)] if other is not None and exchange else [])
             changes += self._moving([(one, to) for one, to in moves if stat.S_ISDIR(one.type)])
-        same = source.cell.key == target.cell.key
-        if same:
-            source = target
         source = source.removed(name)
         target = source if same else target
         if other is not None:

@@ -14,7 +14,9 @@ import pytest
 
 from memfaas.client.store import Store
 from memfaas.fs import members
+from memfaas.fs.cells import Cell
 from memfaas.fs.check import check
+from memfaas.fs.directory import Leaf
 from memfaas.fs.files import OpenFile
 from memfaas.fs.records import ROOT
 from memfaas.fs.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Attributes, Volume
@@ -255,6 +257,71 @@ def test_two_moves_at_once_close_no_loop(volume: Volume, store: Store) -> None:
     assert not volume.cells.commit(first)
     fails(errno.EINVAL, volume.rename, x, b"a", b, b"a")
     assert check(store).wrong == []
+
+
+def test_a_rename_within_a_leaf_sees_what_another_has_just_made(volume: Volume, store: Store) -> None:
+    """Between its two looks at the leaf."""
+    other = Volume(store)
+    make(volume, b"a")
+    look = volume.dirs.roomy_leaf
+
+    def look_and_wait(ino: int, name: bytes) -> Leaf:
+        leaf = look(ino, name)
+        volume.dirs.roomy_leaf = look  # type: ignore[method-assign]
+        make(other, b"new")
+        return leaf
+
+    volume.dirs.roomy_leaf = look_and_wait  # type: ignore[method-assign]
+    volume.rename(ROOT, b"new", ROOT, b"newer")
+    assert listed(volume) == [b"a", b"newer"]
+
+
+def test_a_large_directory_is_taken_away_although_others_work_in_it(store: Store, volume: Volume) -> None:
+    """It is empty most of the time, and never unchanged for as long as all of it takes."""
+    other = Volume(store)
+    parent = make(volume, b"d", DIR)
+    names = [b"%0200d" % number for number in range(600)]
+    for name in names:
+        make(volume, name, parent=parent)
+    for name in names:
+        volume.unlink(parent, name)
+    load, count = volume.cells.load, 0
+
+    def load_and_wait(key: bytes) -> Cell:
+        nonlocal count
+        cell = load(key)
+        count += 1
+        if count % 40 == 0:
+            name = b"x%d" % count
+            try:
+                make(other, name, parent=parent)
+                other.unlink(parent, name)
+            except FileNotFoundError:
+                pass  # gone
+        return cell
+
+    volume.cells.load = load_and_wait  # type: ignore[method-assign]
+    volume.rmdir(ROOT, b"d")
+    assert count < 2000
+    fails(errno.ENOENT, other.make, parent, b"late", FILE, 1, 2)
+    assert check(store).wrong == []
+    assert not [key for key in store if key[:1] == b"d" and key[8] != ROOT]
+
+
+def test_who_remembers_how_a_directory_was_finds_its_way_when_it_changed(store: Store, volume: Volume) -> None:
+    """Its branches become leaves again when another mount wants to take it away, and then they are used again."""
+    other = Volume(store)
+    parent = make(volume, b"d", DIR)
+    names = [b"%0200d" % number for number in range(200)]
+    for name in names:
+        make(volume, name, parent=parent)
+    for name in names:
+        volume.unlink(parent, name)
+    other.dirs.removal(parent)
+    make(other, b"one", parent=parent)
+    assert volume.lookup(parent, b"one")
+    make(volume, b"two", parent=parent)
+    assert listed(other, parent) == listed(volume, parent) == [b"one", b"two"]
 
 
 # --- deleted, but open ----------------------------------------------------------------------------------------
