@@ -81,11 +81,13 @@ def _handler(
 
 
 class _Handle:
-    __slots__ = ("appends", "file")
+    __slots__ = ("appends", "file", "term")
 
-    def __init__(self, file: OpenFile, appends: bool) -> None:
+    def __init__(self, file: OpenFile, appends: bool, term: int) -> None:
         self.file = file
         self.appends = appends
+        self.term = term
+        """Of this mount (members.py)."""
 
 
 class _Listing:
@@ -146,7 +148,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     def _attributes(self, ino: int, inode: Inode) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = ino
-        entry.entry_timeout = entry.attr_timeout = self._cache_s
+        entry.entry_timeout = entry.attr_timeout = 0.0 if inode.is_lost else self._cache_s
         entry.st_mode = inode.mode
         entry.st_nlink = inode.nlink
         entry.st_uid = inode.uid
@@ -186,7 +188,13 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         return handle
 
     def file_of(self, fh: int) -> OpenFile:
-        return self._file(fh).file
+        return self._usable(fh).file
+
+    def _usable(self, fh: int) -> _Handle:
+        """EIO when a lock that its file had is lost."""
+        handle = self._file(fh)
+        self._volume.locks.check(handle.file.ino, handle.term)
+        return handle
 
     def is_outdated(self, ino: int) -> bool:
         """Whether another mount has changed a file that is open here."""
@@ -226,14 +234,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
                 pass  # the kernel does not know it
         file.kept = file.inode.version
         self._note(file)
-        handle = self._new_handle(_Handle(file, appends))
+        handle = self._new_handle(_Handle(file, appends, self._volume.members.term))
         return pyfuse3.FileInfo(fh=handle, keep_cache=same, direct_io=appends)
 
     # --- names ------------------------------------------------------------------------------------------
 
     @_handler
     def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
-        return self._named(parent_inode, name, *self._volume.lookup(parent_inode, name))
+        return self._named(parent_inode, name, *self._volume.lookup_or_lost(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept for an inode that the kernel knows."""
@@ -297,6 +305,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        if fh is not None and wanted.size is not None:
+            self._usable(fh)
         changed = self._volume.set_attributes(inode, wanted)
         return self._attributes(inode, changed)
 
@@ -353,7 +363,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             listing.entries = dots + self._volume.entries(listing.ino)
         while start_id < len(listing.entries):
             some = listing.entries[start_id : start_id + _LISTED_AT_ONCE]
-            for entry, inode in zip(some, self._volume.inodes([entry.ino for entry in some]), strict=True):
+            for entry, inode in zip(some, self._volume.inodes(some), strict=True):
                 start_id += 1
                 if inode is None:
                     continue  # deleted meanwhile
@@ -403,12 +413,12 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
 
     @_handler
     def read(self, fh: int, off: int, size: int) -> bytes:
-        data: Any = self._volume.files.read(self._file(fh).file, off, size)  # any buffer will do
+        data: Any = self._volume.files.read(self._usable(fh).file, off, size)  # any buffer will do
         return data  # type: ignore[no-any-return]
 
     @_handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._file(fh)
+        handle = self._usable(fh)
         if handle.file.inode.has_xattrs:
             self._drop_capability(handle.file.ino)
         if handle.appends:
@@ -421,14 +431,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             self._volume.set_xattr(ino, _CAPABILITY, None)
 
     async def flush(self, fh: int) -> None:
-        file = self._file(fh).file
-        written = file.mtime is not None
-        await self._sync(file)
-        if written:
-            self._note(file)
+        await self._sync(await self._to_sync(fh))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(self._file(fh).file)
+        await self._sync(await self._to_sync(fh))
+
+    @_handler
+    def _to_sync(self, fh: int) -> OpenFile:
+        return self._usable(fh).file
 
     async def _sync(self, file: OpenFile) -> None:
         try:

@@ -467,6 +467,19 @@ class Files:
             self._forget(file, index)
         self._clean(file)
 
+    def lose(self, ino: int) -> None:
+        """What waits must not be stored any more: it was under a lock that another mount may have now."""
+        file = self._files.get(ino)
+        if file is not None and file.mtime is not None:
+            log.error("file %r: its lock is lost, and what was not stored yet", file.name.decode(errors="replace"))
+            self._drop(file)
+            file.error = errno.EIO
+
+    def forget_waiting(self) -> None:
+        """In a forked child: its parent stores it."""
+        for file in self._files.values():
+            self._drop(file)
+
     def give_up(self, file: OpenFile) -> None:
         """What waits can't be stored, and its writer has heard of it, or will: it goes."""
         if file.dirty:

@@ -139,12 +139,22 @@ class Inode:
         return stat.S_ISDIR(self.mode)
 
     @property
+    def is_lost(self) -> bool:
+        """Whether it only stands for one (lost_inode)."""
+        return self.btime == 0
+
+    @property
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
 
 
 def new_inode(mode: int, uid: int, gid: int, now: int, *, rdev: int = 0, parent: int = 0, target: bytes = b"") -> Inode:
     return Inode(mode, uid, gid, 1, len(target), 0, 0, 0, rdev, 0, 0, now, now, now, now, parent, 0, target)
+
+
+def lost_inode(kind: int) -> Inode:
+    """Stands for one whose memory is lost. Only its type is known, from its name."""
+    return Inode(kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def drop_privileges(inode: Inode) -> None:
