@@ -137,7 +137,7 @@ class Extra:
 
     def _give(self, ino: int, kind: int, owner: int, start: int, end: int) -> None:
         if self._volume.locks.holds(ino, kind, owner):
-            self._volume.files.flush_inode(ino)
+            self._volume.flush_under_lock(ino)
             self._volume.locks.give(ino, kind, owner, start=start, end=end)
 
     def closed(self, ino: int, owner: int) -> None:

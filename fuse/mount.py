@@ -18,6 +18,7 @@ from memfaas.client.session import Session, connect
 from memfaas.client.store import Store
 from memfaas.config import ClientSettings
 from memfaas.errors import MemfaasError, UnknownStore, UsageError
+from memfaas.fs.pulse import Pulse
 from memfaas.fs.volume import Volume
 from memfaas.fuse import _extra
 from memfaas.fuse.extra import Extra
@@ -56,6 +57,7 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
         store = _store(session, options)
         volume = Volume(store, cache_s=options.cache_s)
         stack.callback(volume.close)
+        stack.enter_context(Pulse(store, volume.members))
         operations = Operations(volume, lambda: _capacity(store), options.cache_s)
         extra = Extra(operations)
         _extra.install(extra)

@@ -3,7 +3,7 @@
 All requests of a mount run one after the other in the event loop, without a change of thread: over shm each takes some
 microseconds, which is less than the change would. What several processes have at once is in the store.
 
-The kernel keeps names and attributes for `cache_s`, and data as long as a file has the times and size that this
+The kernel keeps names and attributes for `cache_s`, and data as long as a file is of the version that this
 mount saw when it was closed here. An open looks at the inode itself, so it never meets data older than the last
 close or fsync elsewhere. A name that the kernel kept may lead to an inode that was deleted meanwhile: open says
 ESTALE, and the kernel looks again.
@@ -81,13 +81,15 @@ def _handler(
 
 
 class _Handle:
-    __slots__ = ("appends", "file", "heard")
+    __slots__ = ("appends", "file", "heard", "term")
 
-    def __init__(self, file: OpenFile, appends: bool) -> None:
+    def __init__(self, file: OpenFile, appends: bool, term: int) -> None:
         self.file = file
         self.appends = appends
         self.heard = file.failures
         """Of how many losses of the file its owner knows."""
+        self.term = term
+        """Of this mount (members.py)."""
 
 
 class _Listing:
@@ -111,8 +113,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         self._cache_s = cache_s
         self._handles: dict[int, _Handle | _Listing] = {}
         self._next_handle = 1
-        self._known: OrderedDict[int, tuple[int, int, int]] = OrderedDict()
-        """What the kernel's copy of a file's data was read from, or written to."""
+        self._known: OrderedDict[int, int] = OrderedDict()
+        """Of which version of a file the kernel has data."""
+        self._outdated: dict[int, tuple[OpenFile, int]] = {}
+        """Open files of which it has to read anew, and the version that it reads then at least."""
         self._statfs: tuple[float, int, int] = (0.0, 0, 0)
         self._said: dict[str, float] = {}
         self._names: dict[int, tuple[int, bytes]] = {}
@@ -146,7 +150,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     def _attributes(self, ino: int, inode: Inode) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = ino
-        entry.entry_timeout = entry.attr_timeout = self._cache_s
+        entry.entry_timeout = entry.attr_timeout = 0.0 if inode.is_lost else self._cache_s
         entry.st_mode = inode.mode
         entry.st_nlink = inode.nlink
         entry.st_uid = inode.uid
@@ -186,52 +190,60 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         return handle
 
     def file_of(self, fh: int) -> OpenFile:
-        return self._file(fh).file
+        return self._usable(fh).file
+
+    def _usable(self, fh: int) -> _Handle:
+        """EIO when a lock that its file had is lost."""
+        handle = self._file(fh)
+        self._volume.locks.check(handle.file.ino, handle.term)
+        return handle
 
     def is_outdated(self, ino: int) -> bool:
         """Whether another mount has changed a file that is open here."""
         file = self._volume.files.renewed(ino)
-        return file is not None and file.mtime is None and self._known.get(ino) != self._print(file)
+        if file is None or file.kept == file.inode.version:
+            return False
+        self._outdated[ino] = file, file.inode.version
+        return True
 
     def forget_data(self, ino: int) -> None:
-        """The kernel reads it anew. Not in the event loop."""
-        file = self._volume.files.renewed(ino)
+        """What was outdated, the kernel reads anew. In another thread than the event loop, which it may wait for."""
+        found = self._outdated.get(ino)
         try:
             pyfuse3.invalidate_inode(ino)
         except OSError:
             pass  # it has nothing
-        if file is not None:
-            self._note(file)
-
-    @staticmethod
-    def _print(file: OpenFile) -> tuple[int, int, int]:
-        return file.inode.mtime, file.inode.size, file.inode.cuts
+        if found is not None:
+            file, version = found
+            file.kept = version
 
     def _note(self, file: OpenFile) -> None:
-        """The kernel's copy is as the file is now."""
-        self._known[file.ino] = self._print(file)
-        self._known.move_to_end(file.ino)
-        if len(self._known) > _KNOWN:
-            self._known.popitem(last=False)
+        """What the kernel has when the file is closed."""
+        if file.kept is not None:
+            self._known[file.ino] = file.kept
+            self._known.move_to_end(file.ino)
+            if len(self._known) > _KNOWN:
+                self._known.popitem(last=False)
 
     def _info(self, file: OpenFile, flags: int) -> pyfuse3.FileInfo:
         appends = bool(flags & os.O_APPEND)
-        known = self._known.get(file.ino)
-        same = file.mtime is not None or known == self._print(file)
+        known = file.kept if file.handles > 1 else self._known.get(file.ino)
+        same = known == file.inode.version
         if known is not None and not same:
             try:
                 pyfuse3.invalidate_inode(file.ino, attr_only=True)
             except OSError:
                 pass  # the kernel does not know it
+        file.kept = file.inode.version
         self._note(file)
-        handle = self._new_handle(_Handle(file, appends))
+        handle = self._new_handle(_Handle(file, appends, self._volume.members.term))
         return pyfuse3.FileInfo(fh=handle, keep_cache=same, direct_io=appends)
 
     # --- names ------------------------------------------------------------------------------------------
 
     @_handler
     def lookup(self, parent_inode: int, name: bytes, ctx: Any) -> pyfuse3.EntryAttributes:
-        return self._named(parent_inode, name, *self._volume.lookup(parent_inode, name))
+        return self._named(parent_inode, name, *self._volume.lookup_or_lost(parent_inode, name))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """Nothing is kept for an inode that the kernel knows."""
@@ -295,6 +307,8 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             atime=attr.st_atime_ns if fields.update_atime else None,
             mtime=attr.st_mtime_ns if fields.update_mtime else None,
         )
+        if fh is not None and wanted.size is not None:
+            self._usable(fh)
         changed = self._volume.set_attributes(inode, wanted)
         return self._attributes(inode, changed)
 
@@ -351,7 +365,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             listing.entries = dots + self._volume.entries(listing.ino)
         while start_id < len(listing.entries):
             some = listing.entries[start_id : start_id + _LISTED_AT_ONCE]
-            for entry, inode in zip(some, self._volume.inodes([entry.ino for entry in some]), strict=True):
+            for entry, inode in zip(some, self._volume.inodes(some), strict=True):
                 start_id += 1
                 if inode is None:
                     continue  # deleted meanwhile
@@ -392,21 +406,21 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
-            try:  # another mount has just made it
-                ino, inode = self._volume.lookup(parent_inode, name)
-                info = self._opened(ino, flags)
-                return info, self._attributes(ino, self._volume.inode(ino))
+            try:
+                self._volume.lookup(parent_inode, name)
             except FileNotFoundError:
-                pass  # and taken it away
+                continue
+            # Another mount has just made it. The kernel looks again, and whether this one may open it.
+            raise fail(errno.ESTALE, name)
 
     @_handler
     def read(self, fh: int, off: int, size: int) -> bytes:
-        data: Any = self._volume.files.read(self._file(fh).file, off, size)  # any buffer will do
+        data: Any = self._volume.files.read(self._usable(fh).file, off, size)  # any buffer will do
         return data  # type: ignore[no-any-return]
 
     @_handler
     def write(self, fh: int, off: int, buf: bytes) -> int:
-        handle = self._file(fh)
+        handle = self._usable(fh)
         if handle.file.inode.has_xattrs:
             self._drop_capability(handle.file.ino)
         if handle.appends:
@@ -425,14 +439,14 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             self._volume.set_xattr(ino, _CAPABILITY, None)
 
     async def flush(self, fh: int) -> None:
-        file = self._file(fh).file
-        written = file.mtime is not None
-        await self._sync(self._file(fh))
-        if written:
-            self._note(file)
+        await self._sync(await self._to_sync(fh))
 
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(self._file(fh))
+        await self._sync(await self._to_sync(fh))
+
+    @_handler
+    def _to_sync(self, fh: int) -> _Handle:
+        return self._usable(fh)
 
     async def _sync(self, handle: _Handle) -> None:
         """What is given up is said once to each who has the file open: it may be his."""
@@ -455,7 +469,6 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
     async def release(self, fh: int) -> None:
         handle = self._file(fh)
         del self._handles[fh]
-        written = handle.file.mtime is not None
         try:  # it was flushed, but for what was written through a mapping since
             await self._sync(handle)
         except pyfuse3.FUSEError as error:
@@ -464,8 +477,9 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
             self._volume.files.close(handle.file)
         except (OSError, MemfaasError) as error:
             log.error("file %r: %s", handle.file.name.decode(errors="replace"), error)
-        if written:
-            self._note(handle.file)
+        self._note(handle.file)
+        if handle.file.handles == 0:
+            self._outdated.pop(handle.file.ino, None)
 
 
 def _check_xattr(name: bytes) -> None:

@@ -2,9 +2,10 @@
 
 A *leaf* is b"L" and its entries, each `/name NUL inode-in-hex type`. Names hold neither `/` nor NUL, so an entry is
 found, put in, taken out and listed by one operation on bytes. A leaf that grows above a limit becomes a *branch*,
-b"B", with 16 leaves below it, in one transaction. A branch never becomes a leaf again, so everybody may remember
-it: in a directory of any size a name is looked up with one get, and changed with one conditional put. Mounts that
-change one large directory seldom meet in one leaf, and when they do, one of them does its part again.
+b"B", with 16 leaves below it, in one transaction. A branch becomes a leaf again only when its directory is taken
+away, so everybody may remember it, and looks again from the root when there is nothing below it: in a directory of any
+size a name is looked up with one get, and changed with one conditional put. Mounts that change one large directory
+seldom meet in one leaf, and when they do, one of them does its part again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _LIMIT = 6 << 10
 """Bytes of a leaf: it is copied with each change, and a transaction holds it twice."""
 _DEEPEST = 8
 """The hash has so many digits."""
+_LOOKS = 1000
+"""How often a node is looked for that another mount puts elsewhere meanwhile."""
 _REMEMBERED = 1 << 16
 _NIBBLES = [bytes([digit]) for digit in range(16)]
 _TAIL = 17
@@ -106,27 +109,39 @@ class Directories:
             self._branches.clear()
         self._branches.add(key)
 
+    def _gone(self, ino: int, name: bytes, key: bytes) -> None:
+        """There is no such node. ENOENT when it is the root, and so the directory is gone."""
+        root = root_key(ino)
+        if key == root:
+            raise fail(errno.ENOENT, name)
+        for end in range(len(root), len(key)):
+            self._branches.discard(key[:end])
+
     def find(self, ino: int, name: bytes) -> Entry | None:
-        """ENOENT when the directory is gone."""
-        while True:
+        """ENOENT when the directory is gone. EIO when a node of it is."""
+        for _ in range(_LOOKS):
             key, depth, _ = self._path(ino, name)
             value = self._cells.read(key)
             if value is None:
-                raise fail(errno.ENOENT, name)
+                self._gone(ino, name, key)
+                continue
             if value != _BRANCH:
                 return Leaf(Cell(key, value, b""), value, depth).find(name)
             self._note_branch(key)
+        raise fail(errno.EIO, name)
 
     def leaf(self, ino: int, name: bytes) -> Leaf:
-        """To be changed. ENOENT when the directory is gone."""
-        while True:
+        """To be changed. ENOENT when the directory is gone. EIO when a node of it is."""
+        for _ in range(_LOOKS):
             key, depth, _ = self._path(ino, name)
             cell = self._cells.load(key)
             if cell.value is None:
-                raise fail(errno.ENOENT, name)
+                self._gone(ino, name, key)
+                continue
             if cell.value != _BRANCH:
                 return Leaf(cell, cell.value, depth)
             self._note_branch(key)
+        raise fail(errno.EIO, name)
 
     def roomy_leaf(self, ino: int, name: bytes) -> Leaf:
         """The same with room for one more entry."""
@@ -167,24 +182,42 @@ class Directories:
     def is_empty(self, ino: int) -> bool:
         return all(value == EMPTY for _, value in self._nodes(ino))
 
-    def removal(self, ino: int) -> list[Change]:
-        """The changes that take an empty directory away. ENOTEMPTY; ENOENT when it is gone."""
-        changes = []
-        level = [root_key(ino)]
-        while level:
-            below: list[bytes] = []
-            for key in level:
-                cell = self._cells.load(key)
-                if cell.value == _BRANCH:
-                    below.extend(key + nibble for nibble in _NIBBLES)
-                elif cell.value not in (EMPTY, None):
-                    raise fail(errno.ENOTEMPTY)
-                if cell.value is not None:
-                    changes.append(Change(cell, None))
-            level = below
-        if not changes:
-            raise fail(errno.ENOENT)
-        return changes
+    def removal(self, ino: int) -> Change:
+        """The change that takes an empty directory away. ENOTEMPTY; ENOENT when it is gone; EBUSY when others change
+        it again and again."""
+        if not self.is_empty(ino):
+            raise fail(errno.ENOTEMPTY)
+        while True:
+            self._fold(root_key(ino))
+            cell = self._cells.load(root_key(ino))
+            if cell.value is None:
+                raise fail(errno.ENOENT)
+            if cell.value == EMPTY:
+                return Change(cell, None)
+            if cell.value != _BRANCH:
+                raise fail(errno.ENOTEMPTY)
+
+    def _fold(self, key: bytes) -> None:
+        """Makes an empty branch a leaf again. ENOTEMPTY.
+
+        One step at a time: whoever changes the directory meanwhile is only met in a few cells, and not in all of a
+        directory that was large once.
+        """
+        below = [key + nibble for nibble in _NIBBLES]
+        for _ in range(_LOOKS):
+            branch = self._cells.load(key)
+            if branch.value != _BRANCH:
+                return
+            for one in below:
+                self._fold(one)
+            leaves = [self._cells.load(one) for one in below]
+            if any(leaf.value not in (EMPTY, _BRANCH, None) for leaf in leaves):
+                raise fail(errno.ENOTEMPTY)
+            if all(leaf.value == EMPTY for leaf in leaves) and self._cells.commit(
+                [Change(branch, EMPTY), *(Change(leaf, None) for leaf in leaves)]
+            ):
+                self._branches.discard(key)
+        raise fail(errno.EBUSY)
 
     def create(self, ino: int) -> None:
         """The node of a new directory, which nobody knows yet."""

@@ -49,7 +49,7 @@ class Ends:
         return None if value is None else Inode.unpack(value)
 
     def change(self, ino: int, change: Callable[[Inode], None]) -> Inode:
-        """Changes an inode in place, perhaps after several tries. ESTALE."""
+        """Changes an inode in place, and its version, perhaps after several tries. ESTALE."""
         inode: Inode | None = None
 
         def apply(old: bytes | None) -> bytes:
@@ -58,6 +58,7 @@ class Ends:
                 raise fail(errno.ESTALE)
             inode = Inode.unpack(old)
             change(inode)
+            inode.version += 1
             return inode.pack()
 
         while True:

@@ -55,6 +55,7 @@ class OpenFile:
         "handles",
         "ino",
         "inode",
+        "kept",
         "mtime",
         "name",
         "place",
@@ -76,6 +77,9 @@ class OpenFile:
         """When it was written last, if that is not in the store."""
         self.changed = 0.0
         """Since when something waits."""
+        self.kept: int | None = None
+        """The inode's version of which the one that keeps a copy of the data has it, if somebody does. What is written
+        here moves it along; when another mount has changed the file, too, it stays behind for good."""
         self.stuck: float | None = None
         """Since when that is because it can't be stored."""
         self.error = 0
@@ -351,7 +355,10 @@ class Files:
             log.warning("file %r: bytes %d to %d stay zeros: %s", name, start + written, start + length, error)
 
     def _change(self, file: OpenFile, change: Callable[[Inode], None]) -> None:
-        self.saw(file.ino, self._ends.change(file.ino, change))
+        inode = self._ends.change(file.ino, change)
+        self.saw(file.ino, inode)
+        if file.kept == inode.version - 1:
+            file.kept = inode.version
 
     def _announce(self, file: OpenFile, end: int, chunks: Collection[int]) -> None:
         """Brings size and times to the store, and which chunks there will be, before data that may lie beyond the
@@ -421,12 +428,10 @@ class Files:
         if not file.dirty:
             self._clean(file)
         try:
-            inode = self._ends.inode(file.ino)
-            if inode is not None and inode.cuts != cuts:
+            self._change(file, lambda inode: None)  # who read it meanwhile has not read all of it
+            if file.inode.cuts != cuts:
                 self._ends.came_late(file.ino, end)
                 self.renewed(file.ino)
-            elif inode is not None:
-                self.saw(file.ino, inode)
         except (OSError, MemfaasError) as failed:
             error = error or failed
         return error
@@ -473,6 +478,19 @@ class Files:
         for index in list(file.dirty):
             self._forget(file, index)
         self._clean(file)
+
+    def lose(self, ino: int) -> None:
+        """What waits must not be stored any more: it was under a lock that another mount may have now."""
+        file = self._files.get(ino)
+        if file is not None and file.mtime is not None:
+            log.error("file %r: its lock is lost, and what was not stored yet", file.name.decode(errors="replace"))
+            self._drop(file)
+            file.error = errno.EIO
+
+    def forget_waiting(self) -> None:
+        """In a forked child: its parent stores it."""
+        for file in self._files.values():
+            self._drop(file)
 
     def give_up(self, file: OpenFile) -> None:
         """What waits can't be stored, and its writer has heard of it, or will: it goes."""

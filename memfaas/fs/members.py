@@ -6,8 +6,13 @@ last name, so nothing is forgotten when it dies. It frees a buried inode when no
 every other member has given two signs since (the first may have been under way) and does not hold it. No inode
 without a name can be opened, so nobody who comes later matters.
 
+The number grows only between operations, for what is open must be known then. That a member lives although its
+operations take long is said by a second number of its sign, which a thread of its own raises (pulse.py).
+
 A member whose sign does not change for DEAD_S is dead, by the clock of whoever watches it; one of the others takes over
-its list. If it was only stopped, it joins again when it goes on: what it may have lost are files that were deleted.
+its list, and its sign is gone. Nobody makes a sign that is gone anew: so a member that was only stopped notices when
+it goes on, and joins again under another name. Its locks are lost then, and deleted files that it had open. As long
+as its own clock says that its last sign is younger than half of DEAD_S, it need not look.
 """
 
 from __future__ import annotations
@@ -20,11 +25,13 @@ from dataclasses import dataclass
 
 import msgpack
 
-from memfaas.fs.cells import Cells, Change
+from memfaas.errors import LeaseLost
+from memfaas.fs.cells import Cell, Cells, Change
 from memfaas.fs.records import MEMBERS, number, number_of
 
 BEAT_S = 2.0
 DEAD_S = 30.0
+_NAMES_TRIED = 16
 
 log = logging.getLogger(__name__)
 
@@ -51,49 +58,116 @@ def _packed_members(members: Iterable[bytes]) -> bytes:
     return packed
 
 
+def _now() -> float:
+    """Goes on while the machine sleeps, as the clocks of the others do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Gone(Exception):
+    """The others took this member for dead."""
+
+
 @dataclass
 class _Sign:
     number: int
+    pulse: int
     held: frozenset[int]
     changed: float
     """When it was seen to change, by our clock."""
 
+    def is_as(self, value: bytes) -> bool:
+        number, pulse, _ = msgpack.unpackb(value)
+        return (self.number, self.pulse) == (number, pulse)
+
+
+def _packed_sign(number: int, pulse: int, held: Iterable[int]) -> bytes:
+    packed: bytes = msgpack.packb([number, pulse, list(held)])
+    return packed
+
 
 class Members:
-    def __init__(self, cells: Cells, is_open: Callable[[int], bool]) -> None:
-        self.id = os.urandom(8)
+    """Not for several threads at once, but for `pulse`."""
+
+    def __init__(self, cells: Cells, is_open: Callable[[int], bool], lost: Callable[[], None]) -> None:
+        """lost: called when the others took this mount for dead, so that its locks are lost."""
+        self.id = b""
+        """Another one after each `join`; empty before."""
+        self.term = 0
+        """How often it joined. What belongs to an earlier term is lost."""
         self._cells = cells
         self._is_open = is_open
+        self._lost = lost
         self._signs: dict[bytes, _Sign] = {}
-        self._waiting: dict[int, dict[bytes, int]] = {}
-        """Buried inodes; of each member that was there, the number of its sign then."""
+        self._waiting: dict[int, dict[bytes, int] | None] = {}
+        """Buried inodes; of each member that was there, the number of its sign then. None: not looked at yet."""
+        self._former: list[bytes] = []
+        """Names that were ours, and may have buried something since others took them over."""
         self._beats = 0
+        self._confirmed = float("-inf")
+        """When the last sign that succeeded was begun."""
 
     def join(self) -> None:
-        self._sign(())
-        self._cells.update(MEMBERS, lambda old: _packed_members({*_members(old), self.id}))
+        """Under a new name."""
+        self.term += 1
+        self._beats = 1
+        self._confirmed = float("-inf")
+        self._waiting.clear()  # whoever took them over frees them
+        started = _now()
+        name = self._new_name()
+        self._cells.update(MEMBERS, lambda old: _packed_members({*_members(old), name}))
+        if self.id:
+            self._former.append(self.id)
+        self.id = name
+        self._confirmed = started
+
+    def _new_name(self) -> bytes:
+        """With a sign of life."""
+        for left in reversed(range(_NAMES_TRIED)):
+            name = os.urandom(8)
+            try:
+                self._cells.read(_grave_key(name))
+                self._cells.swap(Cell(_sign_key(name), None, b""), _packed_sign(self._beats, 0, ()))
+                return name
+            except LeaseLost:  # in lost memory; another name may lie elsewhere
+                if not left:
+                    raise
+        raise AssertionError
+
+    def after_fork(self) -> None:
+        """In a forked child: the name, and what was buried, are the parent's. Call `join`."""
+        self.id = b""
+        self._former.clear()
+        self._signs.clear()
 
     def others(self) -> list[bytes]:
         return [member for member in _members(self._cells.read(MEMBERS)) if member != self.id]
+
+    def _read(self, key: bytes) -> bytes | None:
+        """Of another member. What is lost with its memory counts as gone: it has another name by now."""
+        try:
+            return self._cells.read(key)
+        except LeaseLost:
+            return None
+
+    def _load(self, key: bytes) -> Cell:
+        try:
+            return self._cells.load(key)
+        except LeaseLost:
+            return Cell(key, None, b"")
 
     def alone(self) -> Change | None:
         """The list of mounts as it is, for a transaction that needs it to stay so; None when there are others."""
         cell = self._cells.load(MEMBERS)
         return Change(cell, cell.value) if _members(cell.value) == [self.id] else None
 
-    def _sign(self, held: Iterable[int]) -> None:
-        self._beats += 1
-        value = msgpack.packb([self._beats, list(held)])
-        self._cells.update(_sign_key(self.id), lambda old: value)
-
     def _look(self, member: bytes) -> _Sign | None:
-        value = self._cells.read(_sign_key(member))
+        value = self._read(_sign_key(member))
         if value is None:
             return None
-        count, held = msgpack.unpackb(value)
         before = self._signs.get(member)
-        if before is None or before.number != count:
-            before = self._signs[member] = _Sign(count, frozenset(held), time.monotonic())
+        if before is None or not before.is_as(value):
+            count, pulse, held = msgpack.unpackb(value)
+            before = self._signs[member] = _Sign(count, pulse, frozenset(held), _now())
         return before
 
     # --- burials ----------------------------------------------------------------------------------------
@@ -104,9 +178,8 @@ class Members:
         return Change(cell, (cell.value or b"") + number(ino))
 
     def buried(self, ino: int) -> None:
-        self._waiting[ino] = {
-            member: sign.number for member in self.others() if (sign := self._look(member)) is not None
-        }
+        """Asks nothing of the store, and so never fails."""
+        self._waiting[ino] = None
 
     @property
     def waiting(self) -> Collection[int]:
@@ -116,16 +189,18 @@ class Members:
         """Those of the buried inodes that nobody can have open any more."""
         if not self._waiting:
             return []
-        signs = {member: self._look(member) for member in self.others()}
-        return [
-            ino
-            for ino, seen in self._waiting.items()
-            if not self._is_open(ino)
-            and not any(
-                sign is not None and member in seen and (sign.number < seen[member] + 2 or ino in sign.held)
+        self.confirm()
+        signs = {member: sign for member in self.others() if (sign := self._look(member)) is not None}
+        found = []
+        for ino, seen in self._waiting.items():
+            if seen is None:
+                seen = self._waiting[ino] = {member: sign.number for member, sign in signs.items()}
+            if not self._is_open(ino) and not any(
+                member in seen and (sign.number < seen[member] + 2 or ino in sign.held)
                 for member, sign in signs.items()
-            )
-        ]
+            ):
+                found.append(ino)
+        return found
 
     def freed(self, inodes: Collection[int]) -> None:
         """Nothing is left of them."""
@@ -140,31 +215,81 @@ class Members:
 
     # --- signs of life ------------------------------------------------------------------------------------
 
+    def confirm(self) -> None:
+        """Makes sure that the others count this mount among the living. When they took it for dead, it has lost its
+        locks, and joins anew."""
+        if _now() >= self._confirmed + DEAD_S / 2:
+            self._sign()
+
+    def pulse(self, cells: Cells) -> None:
+        """Says that it lives, from another thread, which has its own Cells. Gone."""
+        member, started = self.id, _now()
+
+        def raised(old: bytes | None) -> bytes:
+            if old is None:
+                raise Gone
+            count, pulse, held = msgpack.unpackb(old)
+            return _packed_sign(count, pulse + 1, held)
+
+        cells.update(_sign_key(member), raised)
+        if member == self.id:
+            self._confirmed = max(self._confirmed, started)
+
+    def _sign(self) -> None:
+        held = {
+            ino for member in self.others() for ino in _numbers(self._read(_grave_key(member))) if self._is_open(ino)
+        }
+        started = _now()
+        self._beats += 1
+
+        def raised(old: bytes | None) -> bytes:
+            if old is None:
+                raise Gone
+            return _packed_sign(self._beats, msgpack.unpackb(old)[1], held)
+
+        try:
+            self._cells.update(_sign_key(self.id), raised)
+            self._cells.read(_grave_key(self.id))
+        except Gone:
+            log.warning("this mount gave no sign of life for %g s, and was taken for dead: its locks are lost", DEAD_S)
+        except LeaseLost as error:
+            log.warning("the locks of this mount are lost: %s", error)
+        else:
+            self._confirmed = max(self._confirmed, started)
+            return
+        self._lost()
+        self.join()
+
     def beat(self) -> None:
         """To be called every BEAT_S."""
-        others = self.others()
-        held = {
-            ino for member in others for ino in _numbers(self._cells.read(_grave_key(member))) if self._is_open(ino)
-        }
-        if self._cells.read(_sign_key(self.id)) is None:
-            log.warning("this mount gave no sign of life for %g s, and was taken for dead: its locks are lost", DEAD_S)
-            self.id = os.urandom(8)
-            self._waiting.clear()  # another one has taken them over
-            self.join()
-        self._sign(held)
-        for member in others:
+        self._sign()
+        for former in list(self._former):
+            if self._inherit(former):
+                self._former.remove(former)
+        for member in self.others():
             sign = self._look(member)
-            if sign is None or time.monotonic() > sign.changed + DEAD_S:
+            if sign is None or _now() > sign.changed + DEAD_S:
                 self._take_over(member)
 
+    def _inherit(self, former: bytes) -> bool:
+        """What was buried under a name that was ours when others had taken it over already."""
+        grave, own = self._load(_grave_key(former)), self._cells.load(_grave_key(self.id))
+        if grave.value is None:
+            return True
+        if not self._cells.commit([Change(grave, None), Change(own, (own.value or b"") + grave.value)]):
+            return False
+        for ino in _numbers(grave.value):
+            self.buried(ino)
+        return True
+
     def _take_over(self, member: bytes) -> None:
-        members, sign, grave, own = map(
-            self._cells.load, (MEMBERS, _sign_key(member), _grave_key(member), _grave_key(self.id))
-        )
+        members, own = self._cells.load(MEMBERS), self._cells.load(_grave_key(self.id))
+        sign, grave = self._load(_sign_key(member)), self._load(_grave_key(member))
         left = {one for one in _members(members.value) if one != member}
         changes = [Change(members, _packed_members(left))]
         if sign.value is not None:
-            if member in self._signs and msgpack.unpackb(sign.value)[0] != self._signs[member].number:
+            seen = self._signs.get(member)
+            if seen is None or not seen.is_as(sign.value):
                 return  # it lives
             changes.append(Change(sign, None))
         if grave.value is not None:

@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,6 +19,7 @@ from memfaas.errors import MemfaasError
 from memfaas.fs.directory import Entry
 from memfaas.fs.errors import errno_of, fail
 from memfaas.fs.members import BEAT_S
+from memfaas.fs.pulse import Pulse
 from memfaas.fs.records import DEFAULT_CHUNK, ROOT, Inode
 from memfaas.fs.volume import RENAME_NOREPLACE, Attributes, Volume
 
@@ -39,18 +41,31 @@ class FileSystem:
 
     Raises OSError and its children, as `os` does: FileNotFoundError, FileExistsError, and OSError with the errno ENOSPC
     when the store is full, EIO when memory of the file was lost. The caller counts as the owner of all files.
+
+    A forked child may go on with it, and with open files: it is a mount of its own from its next use on. What the
+    parent has written and not yet flushed, the parent brings to the store.
     """
 
     def __init__(self, store: KeyValue, *, chunk: int = DEFAULT_CHUNK) -> None:
         """Opens the file system in a store, or makes one in an empty store, with `chunk` bytes of data under each
         key."""
-        self._lock = threading.RLock()
-        self._owner = os.getpid()
+        self._store = store
         self._volume = Volume(store, chunk=chunk, cache_s=0.0)
-        self._ended = threading.Event()
+        self._after_fork()
+        self._start()
+        atexit.register(self.close)
+        _all.add(self)
+
+    def _start(self) -> None:
+        self._owner = os.getpid()
+        self._pulse = Pulse(self._store, self._volume.members)
         self._ticker = threading.Thread(target=self._tick, name="memfaas-fs", daemon=True)
         self._ticker.start()
-        atexit.register(self.close)
+
+    def _after_fork(self) -> None:
+        """A thread of the parent may have held what it waits with."""
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
 
     @property
     def chunk(self) -> int:
@@ -72,6 +87,7 @@ class FileSystem:
             atexit.unregister(self.close)
             if os.getpid() != self._owner:
                 return
+            self._pulse.close()
             self._ticker.join()
             with self._errors() as volume:
                 volume.close()
@@ -88,6 +104,9 @@ class FileSystem:
     def _errors(self, path: str | bytes | None = None) -> Iterator[Volume]:
         with self._lock:
             try:
+                if os.getpid() != self._owner:
+                    self._volume.after_fork()
+                    self._start()
                 yield self._volume
             except MemfaasError as error:
                 raise OSError(errno_of(error), str(error), path) from error
@@ -141,7 +160,7 @@ class FileSystem:
         with self._errors(path) as volume:
             ino, _ = self._walk(_encoded(path), True)
             entries = volume.entries(ino)
-            inodes = volume.inodes([entry.ino for entry in entries])
+            inodes = volume.inodes(entries)
             return [(entry, inode) for entry, inode in zip(entries, inodes, strict=True) if inode is not None]
 
     def list(self, path: str | bytes) -> list[str]:
@@ -331,3 +350,14 @@ class _RawFile(io.RawIOBase):
                     volume.files.close(self._file)
             finally:
                 super().close()
+
+
+_all: weakref.WeakSet[FileSystem] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for files in list(_all):
+        files._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -41,7 +41,7 @@ FILE_MAX = (1 << 63) - 1
 _NUMBER = struct.Struct(">Q")
 _CHUNK = struct.Struct(">cQQ")
 _BITS = struct.Struct(">cQBQ")
-_INODE = struct.Struct("<BIIIIQQQBQIqqqqQB")
+_INODE = struct.Struct("<BIIIIQQQBQIQqqqqQB")
 
 
 def number(value: int) -> bytes:
@@ -90,6 +90,8 @@ class Inode:
     rdev: int
     cuts: int
     """How often the file became shorter: who writes data beyond its end can see that it was cut meanwhile."""
+    version: int
+    """Raised before and after each change of the data: who kept what he read of one version has the newest of it."""
     atime: int
     mtime: int
     ctime: int
@@ -114,6 +116,7 @@ class Inode:
                 self.levels,
                 self.rdev,
                 self.cuts & 0xFFFF_FFFF,
+                self.version,
                 self.atime,
                 self.mtime,
                 self.ctime,
@@ -136,12 +139,22 @@ class Inode:
         return stat.S_ISDIR(self.mode)
 
     @property
+    def is_lost(self) -> bool:
+        """Whether it only stands for one (lost_inode)."""
+        return self.btime == 0
+
+    @property
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
 
 
 def new_inode(mode: int, uid: int, gid: int, now: int, *, rdev: int = 0, parent: int = 0, target: bytes = b"") -> Inode:
-    return Inode(mode, uid, gid, 1, len(target), 0, 0, 0, rdev, 0, now, now, now, now, parent, 0, target)
+    return Inode(mode, uid, gid, 1, len(target), 0, 0, 0, rdev, 0, 0, now, now, now, now, parent, 0, target)
+
+
+def lost_inode(kind: int) -> Inode:
+    """Stands for one whose memory is lost. Only its type is known, from its name."""
+    return Inode(kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def drop_privileges(inode: Inode) -> None:

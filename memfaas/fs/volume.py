@@ -6,6 +6,7 @@ All calls raise OSError (errors.py has the errno of what a store raises). Not fo
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import os
 import stat
@@ -15,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import msgpack
 
-from memfaas.errors import MemfaasError
+from memfaas.client.store import Store
+from memfaas.errors import LeaseLost, MemfaasError, TransportError, UsageError, ValueCorrupt
 from memfaas.fs.cells import Cell, Cells, Change, KeyValue
 from memfaas.fs.data import Data
 from memfaas.fs.directory import Directories, Entry, Leaf, check_name
@@ -29,6 +31,7 @@ from memfaas.fs.records import (
     DEFAULT_CHUNK,
     LINK_MAX,
     MOVES,
+    NAME_MAX,
     NEXT_INODE,
     ROOT,
     SUPERBLOCK,
@@ -37,6 +40,7 @@ from memfaas.fs.records import (
     Superblock,
     drop_privileges,
     inode_key,
+    lost_inode,
     new_inode,
     number,
     number_of,
@@ -50,6 +54,7 @@ _TAKEN_AT_ONCE = 4096
 _XATTRS_MAX = 64 << 10
 _FREE_AT_ONCE = 32
 _FREE_BYTES = 16 << 20
+_LOST = (LeaseLost, ValueCorrupt)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +77,14 @@ class Volume:
 
         chunk: bytes of data under one key, when it is made.
         cache_s: how long what was read of a file's size counts for a file that is open.
+
+        UsageError when the store drops what is in it (on_reclaim="drop"); EUCLEAN when something else is in it.
         """
+        if isinstance(store, Store) and store.spec.on_reclaim == "drop":
+            raise UsageError(
+                f"store {store.spec.name!r} drops values when their memory is needed (on_reclaim='drop'): "
+                "it cannot hold a file system"
+            )
         self.cells = Cells(store)
         self._store = store
         self.superblock = self._open(chunk)
@@ -81,11 +93,13 @@ class Volume:
         self.presence = Presence(self.cells, lambda: self.members.alone())
         self.ends = Ends(self.cells, self.data, self.presence)
         self.files = Files(self.cells, self.data, self.presence, self.ends, cache_s)
-        self.members = Members(self.cells, self.files.is_open)
+        self.members = Members(self.cells, self.files.is_open, self._taken_for_dead)
         self.locks = Locks(self.cells, self.members)
         self._numbers: Iterator[int] = iter(())
         self._buried_bytes = 0
         """Of what was deleted here since memory was freed last."""
+        self._said: set[int] = set()
+        """Lost inodes that the log names already."""
         self.members.join()
 
     def _open(self, chunk: int) -> Superblock:
@@ -109,20 +123,71 @@ class Volume:
 
     def close(self) -> None:
         """Everything that was written is in the store, and this is no mount of the file system any more."""
-        try:
-            self.files.flush_all()
-        finally:
-            self.free()
-            if not self.members.others():
-                self._free(list(self.members.waiting))
-            self.members.leave()
+        first = None
+        for step in (
+            self.files.flush_all,
+            self.free,
+            self._free_all_if_alone,
+            self.locks.give_owed,
+            self.members.leave,
+        ):
+            error = self._tried(step)
+            first = first or error
+        if first is not None:
+            raise first
+
+    def _free_all_if_alone(self) -> None:
+        if not self.members.others():
+            self._free(list(self.members.waiting))
 
     def tick(self) -> None:
-        """To be called every second or two: writes what waits, gives a sign of life, frees what was deleted."""
-        self.files.flush_old()
-        self.data.look_where_it_is()
-        self.members.beat()
-        self.free()
+        """To be called every second or two: writes what waits, gives a sign of life, frees what was deleted.
+
+        Raises the first error, when all that can be done is done.
+        """
+        # The sign comes first: what was written under locks that are lost must not be stored any more.
+        first = self._tried(self.members.beat)
+        if first is None or not self.locks.held:
+            first = first or self._tried(self.files.flush_old)
+        for step in (self.locks.give_owed, self.data.look_where_it_is, self.free):
+            error = self._tried(step)
+            first = first or error
+        if first is not None:
+            raise first
+
+    @staticmethod
+    def _tried(step: Callable[[], object]) -> OSError | MemfaasError | None:
+        try:
+            step()
+        except (OSError, MemfaasError) as error:
+            return error
+        return None
+
+    def _afterwards(self, *steps: Callable[[], object]) -> None:
+        """What comes when an operation is done: an error of it must not be one of the operation, which would be
+        tried again."""
+        for step in steps:
+            error = self._tried(step)
+            if error is not None:
+                log.warning("the operation is done; what comes after it failed: %s", error)
+
+    def _taken_for_dead(self) -> None:
+        for ino in self.locks.lose():
+            self.files.lose(ino)
+
+    def flush_under_lock(self, ino: int) -> None:
+        """Before a lock is given up: what was written under it is in the store. When it was lost, nothing is stored."""
+        self.members.confirm()
+        self.files.flush_inode(ino)
+
+    def after_fork(self) -> None:
+        """In a forked child: it is a mount of its own from now on, under whose name, and with whose inode numbers,
+        its parent goes on. What waits to be written, the parent writes."""
+        self._numbers = iter(())
+        self.files.forget_waiting()
+        self.locks.forget()
+        self.members.after_fork()
+        self.members.join()
 
     # --- inodes -----------------------------------------------------------------------------------------
 
@@ -133,12 +198,29 @@ class Volume:
             raise fail(errno.ESTALE)
         return self.files.overlay(ino, Inode.unpack(value))
 
-    def inodes(self, numbers: list[int]) -> list[Inode | None]:
-        values = self.cells.read_many([inode_key(ino) for ino in numbers])
+    def inodes(self, entries: list[Entry]) -> list[Inode | None]:
+        """Those of the entries of a directory. None: deleted meanwhile. What is lost is as `lost_inode` says."""
+        try:
+            values = self.cells.read_many([inode_key(entry.ino) for entry in entries])
+        except _LOST:  # which of them is it?
+            return [self._inode_or_lost(entry) for entry in entries]
         return [
-            None if value is None else self.files.overlay(ino, Inode.unpack(value))
-            for ino, value in zip(numbers, values, strict=True)
+            None if value is None else self.files.overlay(entry.ino, Inode.unpack(value))
+            for entry, value in zip(entries, values, strict=True)
         ]
+
+    def _inode_or_lost(self, entry: Entry) -> Inode | None:
+        try:
+            value = self.cells.read(inode_key(entry.ino))
+        except _LOST as error:
+            self._say_lost(entry.ino, entry.name, error)
+            return lost_inode(entry.type)
+        return None if value is None else self.files.overlay(entry.ino, Inode.unpack(value))
+
+    def _say_lost(self, ino: int, name: bytes, error: MemfaasError) -> None:
+        if ino not in self._said:
+            self._said.add(ino)
+            log.error("inode %d, named %r, is lost: %s", ino, name.decode(errors="replace"), error)
 
     def _take_number(self) -> int:
         for ino in self._numbers:
@@ -206,28 +288,39 @@ class Volume:
     def _touch(self, ino: int) -> None:
         """Something was put into a directory or taken out. Its new times may get lost to another's newer ones."""
         now = time.time_ns()
-        cell = self.cells.load(inode_key(ino))
-        if cell.value is not None:
-            inode = Inode.unpack(cell.value)
-            inode.mtime = inode.ctime = max(now, inode.mtime)
-            self.cells.swap(cell, inode.pack())
+
+        def touch() -> None:
+            cell = self.cells.load(inode_key(ino))
+            if cell.value is not None:
+                inode = Inode.unpack(cell.value)
+                inode.mtime = inode.ctime = max(now, inode.mtime)
+                self.cells.swap(cell, inode.pack())
+
+        self._afterwards(touch)
 
     # --- names ------------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Inode]:
-        """ENOENT, ENOTDIR."""
-        if len(name) > 255:
+        """ENOENT, ENOTDIR; EIO when its inode is lost."""
+        ino, inode = self.lookup_or_lost(parent, name)
+        if inode.is_lost:
+            raise fail(errno.EIO, name)
+        return ino, inode
+
+    def lookup_or_lost(self, parent: int, name: bytes) -> tuple[int, Inode]:
+        """The same, with what `lost_inode` says when the inode is lost: the name is there, and can be removed."""
+        if len(name) > NAME_MAX:
             raise fail(errno.ENAMETOOLONG, name)
         while True:
             entry = self._find(parent, name)
             if entry is None:
                 raise fail(errno.ENOENT, name)
-            value = self.cells.read(inode_key(entry.ino))
-            if value is not None:
-                return entry.ino, self.files.overlay(entry.ino, Inode.unpack(value))
+            inode = self._inode_or_lost(entry)
+            if inode is not None:
+                return entry.ino, inode
             if self._find(parent, name) == entry:  # else it was deleted in between
                 log.error("the inode %d of %r is lost", entry.ino, name)
-                raise fail(errno.EIO, name)
+                return entry.ino, lost_inode(entry.type)
 
     def _find(self, parent: int, name: bytes) -> Entry | None:
         try:
@@ -266,7 +359,8 @@ class Volume:
             raise fail(errno.EEXIST, name)
         ino = self._take_number()
         inode = new_inode(mode, uid, gid, time.time_ns(), rdev=rdev, parent=parent if is_dir else 0, target=target)
-        self.cells.swap(Cell(inode_key(ino), None, b""), inode.pack())
+        if not self.cells.swap(Cell(inode_key(ino), None, b""), inode.pack()):
+            raise RuntimeError(f"inode {ino} was given twice")
         try:
             if is_dir:
                 self.dirs.create(ino)
@@ -274,22 +368,21 @@ class Volume:
                 leaf = self.dirs.roomy_leaf(parent, name)
                 if leaf.find(name) is not None:
                     raise fail(errno.EEXIST, name)
+        except TransportError as error:
+            # The name may be there, or still come: a request that was given up may be on its way.
+            log.info("inode %d stays, perhaps without a name: %s", ino, error)
+            raise
         except (OSError, MemfaasError):
-            self._forget_new(parent, name, ino, is_dir)
+            self._afterwards(lambda: self._forget_new(ino, is_dir))
             raise
         self._touch(parent)
         return ino, inode
 
-    def _forget_new(self, parent: int, name: bytes, ino: int, is_dir: bool) -> None:
-        """Making it failed. But when a connection broke, the name may be there all the same."""
-        try:
-            entry = self.dirs.find(parent, name)
-            if entry is None or entry.ino != ino:
-                self.cells.swap(self.cells.load(inode_key(ino)), None)
-                if is_dir:
-                    self.dirs.forget(ino)
-        except (OSError, MemfaasError) as error:
-            log.info("inode %d stays, without a name: %s", ino, error)
+    def _forget_new(self, ino: int, is_dir: bool) -> None:
+        """It got no name."""
+        self.cells.update(inode_key(ino), lambda _: None)
+        if is_dir:
+            self.dirs.forget(ino)
 
     def link(self, ino: int, parent: int, name: bytes) -> Inode:
         """One more name for a file. EPERM for a directory, EEXIST, EMLINK, ENOENT."""
@@ -319,11 +412,11 @@ class Volume:
             leaf, entry = self._entry(parent, name)
             if stat.S_ISDIR(entry.type):
                 raise fail(errno.EISDIR, name)
-            changes, last = self._drop(entry.ino)
+            changes, inode = self._drop(entry)
             if self.cells.commit([leaf.removed(name).change(), *changes]):
                 break
+        self._dropped(entry.ino, inode)
         self._touch(parent)
-        self._dropped(entry.ino, last)
 
     def _entry(self, parent: int, name: bytes) -> tuple[Leaf, Entry]:
         """A name that is there, to be changed."""
@@ -334,26 +427,30 @@ class Volume:
             raise fail(errno.ENOENT, name)
         return leaf, entry
 
-    def _drop(self, ino: int) -> tuple[list[Change], bool]:
-        """What taking one name of a file away changes besides the directory; whether it is the last one."""
-        cell = self.cells.load(inode_key(ino))
+    def _drop(self, entry: Entry) -> tuple[list[Change], Inode | None]:
+        """What taking one name of a file away changes besides the directory; its inode then, unless that is lost."""
+        try:
+            cell = self.cells.load(inode_key(entry.ino))
+        except _LOST as error:
+            self._say_lost(entry.ino, entry.name, error)
+            return [], None
         if cell.value is None:
-            return [], False  # lost with its shard
+            return [], None
         inode = Inode.unpack(cell.value)
         inode.nlink -= 1
         inode.ctime = time.time_ns()
         changes = [Change(cell, inode.pack())]
         if inode.nlink == 0:
-            changes.append(self.members.burial(ino))
-        return changes, inode.nlink == 0
+            changes.append(self.members.burial(entry.ino))
+        return changes, inode
 
-    def _dropped(self, ino: int, last: bool) -> None:
-        if last:
+    def _dropped(self, ino: int, inode: Inode | None) -> None:
+        """A name of it was taken away."""
+        if inode is not None and inode.nlink == 0:
             self.members.buried(ino)
-            value = self.cells.read(inode_key(ino))
-            self._buried_bytes += 0 if value is None else Inode.unpack(value).top
+            self._buried_bytes += inode.top
             if len(self.members.waiting) >= _FREE_AT_ONCE or self._buried_bytes >= _FREE_BYTES:
-                self.free()
+                self._afterwards(self.free)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         """ENOENT, ENOTDIR, ENOTEMPTY."""
@@ -361,18 +458,22 @@ class Volume:
             leaf, entry = self._entry(parent, name)
             if not stat.S_ISDIR(entry.type):
                 raise fail(errno.ENOTDIR, name)
-            if self.cells.commit([leaf.removed(name).change(), *self._removal(entry.ino)]):
+            if self.cells.commit([leaf.removed(name).change(), *self._removal(entry)]):
                 break
         self._touch(parent)
 
-    def _removal(self, ino: int) -> list[Change]:
+    def _removal(self, entry: Entry) -> list[Change]:
         """What takes an empty directory away, besides its name."""
         try:
-            changes = self.dirs.removal(ino)
+            changes = [self.dirs.removal(entry.ino)]
         except FileNotFoundError:
             return []  # another mount is taking it away: the name has changed, too
-        for key in (inode_key(ino), xattr_key(ino)):
-            cell = self.cells.load(key)
+        for key in (inode_key(entry.ino), xattr_key(entry.ino)):
+            try:
+                cell = self.cells.load(key)
+            except _LOST as error:
+                self._say_lost(entry.ino, entry.name, error)
+                continue
             if cell.value is not None:
                 changes.append(Change(cell, None))
         return changes
@@ -382,34 +483,40 @@ class Volume:
         check_name(new_name)
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             raise fail(errno.EINVAL)
-        buried: int | None
         while True:
-            changes, moved, buried = self._renaming(parent, name, new_parent, new_name, flags)
+            changes, moved, dropped = self._renaming(parent, name, new_parent, new_name, flags)
             if not changes:
                 return
             if self.cells.commit(changes):
                 break
+        if dropped is not None:
+            self._dropped(*dropped)
         self._touch(parent)
         if new_parent != parent:
             self._touch(new_parent)
         for ino in moved:
-            self._changed(ino)
-        if buried is not None:
-            self._dropped(buried, True)
+            self._afterwards(functools.partial(self._changed, ino))
 
     def _changed(self, ino: int) -> None:
-        try:
-            self.change(ino, lambda inode: setattr(inode, "ctime", time.time_ns()))
-        except OSError:
-            pass  # deleted meanwhile
+        def change(old: bytes | None) -> bytes | None:
+            if old is None:
+                return None  # deleted meanwhile
+            inode = Inode.unpack(old)
+            inode.ctime = time.time_ns()
+            return inode.pack()
+
+        self.cells.update(inode_key(ino), change)
 
     def _renaming(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int
-    ) -> tuple[list[Change], list[int], int | None]:
-        """The changes; the inodes that get another ctime afterwards; the one that lost its last name."""
+    ) -> tuple[list[Change], list[int], tuple[int, Inode | None] | None]:
+        """The changes; the inodes that get another ctime afterwards; the one that lost a name."""
         self._check_dir(new_parent)
         target = self.dirs.roomy_leaf(new_parent, new_name)
         source, entry = self._entry(parent, name)
+        same = source.cell.key == target.cell.key
+        if same:
+            target = source  # it was read later: the entry is in it
         other = target.find(new_name)
         exchange = flags == RENAME_EXCHANGE
         if other is None and exchange:
@@ -419,7 +526,7 @@ class Volume:
         if other is not None and other.ino == entry.ino:
             return [], [], None
         changes: list[Change] = []
-        buried: int | None = None
+        replaced: tuple[int, Inode | None] | None = None
         moved = [entry.ino]
         if other is not None and exchange:
             moved.append(other.ino)
@@ -427,17 +534,14 @@ class Volume:
             if stat.S_ISDIR(other.type) != stat.S_ISDIR(entry.type):
                 raise fail(errno.EISDIR if stat.S_ISDIR(other.type) else errno.ENOTDIR, new_name)
             if stat.S_ISDIR(other.type):
-                changes += self._removal(other.ino)
+                changes += self._removal(other)
             else:
-                dropped, last = self._drop(other.ino)
+                dropped, inode = self._drop(other)
                 changes += dropped
-                buried = other.ino if last else None
+                replaced = other.ino, inode
         if parent != new_parent:
             moves = [(entry, new_parent)] + ([(other, parent)] if other is not None and exchange else [])
             changes += self._moving([(one, to) for one, to in moves if stat.S_ISDIR(one.type)])
-        same = source.cell.key == target.cell.key
-        if same:
-            source = target
         source = source.removed(name)
         target = source if same else target
         if other is not None:
@@ -449,7 +553,7 @@ class Volume:
         changes.append(source.change())
         if not same:
             changes.append(target.change())
-        return changes, moved, buried
+        return changes, moved, replaced
 
     def _moving(self, moves: list[tuple[Entry, int]]) -> list[Change]:
         """What moving directories to other parents changes in them. EINVAL: into themselves.
@@ -484,15 +588,30 @@ class Volume:
         return bool(inodes)
 
     def _free(self, inodes: list[int]) -> None:
+        """As many as is possible, whatever becomes of one of them; then it raises the first error."""
+        first: OSError | MemfaasError | None = None
+        freed = []
         for ino in inodes:
-            cell = self.cells.load(inode_key(ino))
-            if cell.value is not None:
-                inode = Inode.unpack(cell.value)
-                self.ends.remove_all(ino, inode)
-                if inode.has_xattrs:
-                    self.cells.update(xattr_key(ino), lambda _: None)
-                self.cells.update(inode_key(ino), lambda _: None)
-        self.members.freed(inodes)
+            try:
+                self._free_one(ino)
+            except _LOST as error:
+                log.error("of the deleted inode %d something is lost, and the rest of it stays: %s", ino, error)
+            except (OSError, MemfaasError) as error:
+                first = first or error
+                continue
+            freed.append(ino)
+        self.members.freed(freed)
+        if first is not None:
+            raise first
+
+    def _free_one(self, ino: int) -> None:
+        cell = self.cells.load(inode_key(ino))
+        if cell.value is not None:
+            inode = Inode.unpack(cell.value)
+            self.ends.remove_all(ino, inode)
+            if inode.has_xattrs:
+                self.cells.update(xattr_key(ino), lambda _: None)
+            self.cells.update(inode_key(ino), lambda _: None)
 
     # --- extended attributes --------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
+from types import SimpleNamespace
 
 import pyfuse3
 import pytest
@@ -68,3 +70,19 @@ def test_each_who_has_a_file_open_hears_once_that_its_data_was_given_up(store: S
         trio.run(operations.fsync, handle, False)
         trio.run(operations.release, handle)
     assert operations.volume.inode(ino).size == 0
+
+
+def test_what_another_has_just_made_is_not_opened_unasked(store: Store) -> None:
+    """The kernel, which found no such name, has not asked whether it may be opened. It looks again at ESTALE."""
+    operations, other = Operations(Volume(store), lambda: (0, 0), 0.0), Volume(store)
+    other.make(ROOT, b"f", stat.S_IFREG | 0o600, 1, 1)
+    other.make(ROOT, b"d", stat.S_IFDIR | 0o700, 1, 1)
+    context = SimpleNamespace(uid=2, gid=2)
+    for name, flags, code in (
+        (b"f", os.O_RDWR, errno.ESTALE),
+        (b"d", os.O_RDWR, errno.ESTALE),
+        (b"f", os.O_RDWR | os.O_EXCL, errno.EEXIST),
+    ):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            trio.run(operations.create, ROOT, name, 0o600, flags | os.O_CREAT, context)
+        assert caught.value.errno == code

@@ -63,6 +63,27 @@ def test_mapped_and_kept_data_is_not_shown_when_it_is_old(usual: tuple[Mount, Mo
         assert file.read(3) == b"new"
 
 
+def test_what_was_closed_is_seen_although_size_and_times_are_as_before(usual: tuple[Mount, Mount]) -> None:
+    one, two = usual
+    for number in range(5):
+        (one / "f").write_bytes(b"%d" % number * 100_000)
+        os.utime(one / "f", ns=(1, 1))
+        assert (two / "f").read_bytes() == b"%d" % number * 100_000
+
+
+def test_what_another_wrote_is_seen_by_who_wrote_to_the_same_file_meanwhile(usual: tuple[Mount, Mount]) -> None:
+    one, two = usual
+    (one / "f").write_bytes(bytes(200_000))
+    with (two / "f").open("r+b", buffering=0) as file:
+        assert file.read() == bytes(200_000)  # two's kernel has all of it
+        with (one / "f").open("r+b") as other:
+            other.write(b"one")
+        file.seek(150_000)
+        file.write(b"two")
+    with (two / "f").open("rb") as file:
+        assert file.read(3) == b"one"
+
+
 def test_names_that_one_makes_the_other_has(pair: tuple[Mount, Mount]) -> None:
     one, two = pair
     (one / "d").mkdir()

@@ -14,7 +14,10 @@ import pytest
 
 from memfaas.client.store import Store
 from memfaas.fs import members
+from memfaas.fs.cells import Cell
 from memfaas.fs.check import check
+from memfaas.fs.directory import Leaf
+from memfaas.fs.files import OpenFile
 from memfaas.fs.records import ROOT
 from memfaas.fs.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Attributes, Volume
 from tests.fuse.test_cells import Killed, Mortal
@@ -256,6 +259,71 @@ def test_two_moves_at_once_close_no_loop(volume: Volume, store: Store) -> None:
     assert check(store).wrong == []
 
 
+def test_a_rename_within_a_leaf_sees_what_another_has_just_made(volume: Volume, store: Store) -> None:
+    """Between its two looks at the leaf."""
+    other = Volume(store)
+    make(volume, b"a")
+    look = volume.dirs.roomy_leaf
+
+    def look_and_wait(ino: int, name: bytes) -> Leaf:
+        leaf = look(ino, name)
+        volume.dirs.roomy_leaf = look  # type: ignore[method-assign]
+        make(other, b"new")
+        return leaf
+
+    volume.dirs.roomy_leaf = look_and_wait  # type: ignore[method-assign]
+    volume.rename(ROOT, b"new", ROOT, b"newer")
+    assert listed(volume) == [b"a", b"newer"]
+
+
+def test_a_large_directory_is_taken_away_although_others_work_in_it(store: Store, volume: Volume) -> None:
+    """It is empty most of the time, and never unchanged for as long as all of it takes."""
+    other = Volume(store)
+    parent = make(volume, b"d", DIR)
+    names = [b"%0200d" % number for number in range(600)]
+    for name in names:
+        make(volume, name, parent=parent)
+    for name in names:
+        volume.unlink(parent, name)
+    load, count = volume.cells.load, 0
+
+    def load_and_wait(key: bytes) -> Cell:
+        nonlocal count
+        cell = load(key)
+        count += 1
+        if count % 40 == 0:
+            name = b"x%d" % count
+            try:
+                make(other, name, parent=parent)
+                other.unlink(parent, name)
+            except FileNotFoundError:
+                pass  # gone
+        return cell
+
+    volume.cells.load = load_and_wait  # type: ignore[method-assign]
+    volume.rmdir(ROOT, b"d")
+    assert count < 2000
+    fails(errno.ENOENT, other.make, parent, b"late", FILE, 1, 2)
+    assert check(store).wrong == []
+    assert not [key for key in store if key[:1] == b"d" and key[8] != ROOT]
+
+
+def test_who_remembers_how_a_directory_was_finds_its_way_when_it_changed(store: Store, volume: Volume) -> None:
+    """Its branches become leaves again when another mount wants to take it away, and then they are used again."""
+    other = Volume(store)
+    parent = make(volume, b"d", DIR)
+    names = [b"%0200d" % number for number in range(200)]
+    for name in names:
+        make(volume, name, parent=parent)
+    for name in names:
+        volume.unlink(parent, name)
+    other.dirs.removal(parent)
+    make(other, b"one", parent=parent)
+    assert volume.lookup(parent, b"one")
+    make(volume, b"two", parent=parent)
+    assert listed(other, parent) == listed(volume, parent) == [b"one", b"two"]
+
+
 # --- deleted, but open ----------------------------------------------------------------------------------------
 
 
@@ -358,6 +426,43 @@ def test_who_is_killed_while_it_cuts_a_file_leaves_nothing_behind_its_end(store:
             other.files.write(grown, 199_999, b"\0")
             other.files.flush(grown)
         assert other.files.read(grown, 0, 200_000) == b"x" * size + bytes(200_000 - size)
+
+
+def test_each_change_of_the_data_is_another_version(store: Store) -> None:
+    """Also when time and size stay. Who reads while it is written has none that counts later."""
+    other = Volume(store)
+    ino = make(other, b"f")
+    seen: list[int] = []
+
+    class Slow:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                if name in ("_save", "_save_if") and args[0][:1] == b"c":
+                    seen.append(other.inode(ino).version)
+                return getattr(store, name)(*args)
+
+            return call
+
+    volume = Volume(Slow())
+
+    def changes(change: Callable[[OpenFile], object]) -> None:
+        before = volume.inode(ino).version
+        file = volume.files.open(ino)
+        change(file)
+        volume.files.close(file)
+        volume.set_attributes(ino, Attributes(mtime=1))
+        after = other.inode(ino).version
+        assert after > max(seen, default=before)
+        assert after > before
+
+    changes(lambda file: volume.files.write(file, 0, b"small"))
+    changes(lambda file: volume.files.write(file, 0, b"Small"))
+    changes(lambda file: volume.files.write(file, 0, b"x" * 200_000))
+    changes(lambda file: volume.files.write(file, 0, b"X" * 200_000))
+    changes(lambda file: volume.files.append(file, b"end"))
+    changes(lambda file: volume.files.punch(file, 0, 100_000))
+    changes(lambda file: volume.files.truncate(ino, 10, 0))
+    assert len(seen) >= 8
 
 
 # --- attributes -------------------------------------------------------------------------------------------------

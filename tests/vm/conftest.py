@@ -1,7 +1,7 @@
 """Runs the tests that are marked `vm` inside a virtual machine, and shows their results here by name.
 
-All that ask for the same machine and are selected run in one boot of it, when the first of them is
-due. Inside, pytest runs them as ordinary tests, with this file writing down what became of each.
+All that ask for the same machine and are selected run in one boot of it, when the first test of any machine is due; two
+machines run at a time. Inside, pytest runs them as ordinary tests, with this file writing down what became of each.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from memfaas.client import local
 from memfaas.client.local import LocalCluster
 from memfaas.testing import fsck
 from memfaas.units import MIB
+from tests.e2e import moves
+from tests.e2e.scene import idle_functions_of
 from tests.vm import machine
 
 _INSIDE = "TESTS_ARE_IN_VM"
@@ -34,6 +38,7 @@ _TEST_S = 200.0
 _OPERATION_S = 60.0
 """For operations of sessions that say nothing else: all is slower when it is emulated."""
 _LAST_LINES = 60
+_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # other plugins take all tests for functions, and see to that these are good ones
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _INSIDE not in os.environ:
-        runs: dict[_Machine, _Run] = {}
+        runs: dict[_Machine, Future[_Run]] = {}
         items[:] = [
             _Inside.from_parent(item.parent, name=item.name, original=item, runs=runs)
             if item.parent is not None and item.get_closest_marker("vm")
@@ -79,7 +84,7 @@ class _FailedInside(Exception):
 class _Inside(pytest.Item):
     """A test that runs in the machine. Its fixtures are there, not here."""
 
-    def __init__(self, original: pytest.Item, runs: dict[_Machine, _Run], **of_all: Any) -> None:
+    def __init__(self, original: pytest.Item, runs: dict[_Machine, Future[_Run]], **of_all: Any) -> None:
         super().__init__(**of_all)
         self._original = original
         self._runs = runs
@@ -92,16 +97,25 @@ class _Inside(pytest.Item):
     def runtest(self) -> None:
         if reason := machine.missing():
             pytest.skip(reason)
-        if self.machine not in self._runs:
-            ours = [one for one in self.session.items if isinstance(one, _Inside) and one.machine == self.machine]
-            tests = [one.nodeid for one in ours]
-            faulthandler.cancel_dump_traceback_later()  # nor need pytest say where it waits meanwhile
-            self._runs[self.machine] = _Run(self.config.rootpath, self.machine, tests)
-        result = self._runs[self.machine].result(self.nodeid)
+        if not self._runs:
+            self._run_all()
+        faulthandler.cancel_dump_traceback_later()  # pytest need not say where it waits meanwhile
+        result = self._runs[self.machine].result().result(self.nodeid)
         if result.failures:
             raise _FailedInside("\n".join(result.failures))
         if result.skipped is not None:
             pytest.skip(result.skipped)
+
+    def _run_all(self) -> None:
+        """Each emulates two processors, but its tests keep hardly more than one of ours busy."""
+        tests: dict[_Machine, list[str]] = {}
+        for item in self.session.items:
+            if isinstance(item, _Inside):
+                tests.setdefault(item.machine, []).append(item.nodeid)
+        pool = ThreadPoolExecutor(_AT_ONCE)
+        for wanted, names in tests.items():
+            self._runs[wanted] = pool.submit(_Run, self.config.rootpath, wanted, names)
+        pool.shutdown(wait=False)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, _FailedInside):
@@ -168,6 +182,10 @@ def cluster() -> Iterator[LocalCluster]:
     """For tests that leave it with two donors, a broker and no store: to start one takes long here."""
     local.START_S = 250.0  # it is emulated, with a disk that is far away
     with LocalCluster(donors=2, memory=160 * MIB) as cluster:
+        deadline = time.monotonic() + local.START_S
+        while idle_functions_of(cluster) < 2 * moves.WARM:  # else the first grants may fail: they take too long
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         yield cluster
 
 
