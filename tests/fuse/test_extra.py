@@ -111,8 +111,8 @@ def ino(volume: Volume) -> int:
     return volume.make(1, b"f", 0o100644, 0, 0)[0]
 
 
-def is_locked(volume: Volume, ino: int) -> bool:
-    return volume.locks.in_the_way(ino, 99, exclusive=True, start=0, end=END) is not None
+def is_locked(volume: Volume, ino: int, kind: int = POSIX) -> bool:
+    return not volume.locks.take(ino, kind, 99, exclusive=True, start=0, end=END, pid=3)
 
 
 def take(extra: Extra, kind: int, ino: int) -> Request:
@@ -140,7 +140,7 @@ def test_a_lock_is_given_back_though_what_was_written_cannot_be(
     request: Any = Request(ino, 7, fcntl.LOCK_UN if kind == FLOCK else fcntl.F_UNLCK)
     (extra.set_flock if kind == FLOCK else extra.set_lock)(request)
     assert request.replies == [errno.EIO]
-    assert not is_locked(volume, ino)
+    assert not is_locked(volume, ino, kind)
 
 
 @pytest.mark.parametrize("kind", [FLOCK, POSIX])
@@ -150,7 +150,7 @@ def test_the_end_of_a_program_frees_its_locks_though_what_it_wrote_cannot_be_wri
     monkeypatch.setattr(volume.files, "flush_inode", fails)
     assert take(extra, kind, ino).replies == [0]
     (extra.unlocked if kind == FLOCK else extra.closed)(ino, 7)
-    assert not is_locked(volume, ino)
+    assert not is_locked(volume, ino, kind)
     assert "its donor is gone" in caplog.text
 
 
