@@ -148,9 +148,13 @@ static const struct fuse_lowlevel_ops *completed(const struct fuse_lowlevel_ops 
 
 #if FUSE_MINOR_VERSION >= 17
 
-struct fuse_session *fuse_session_new_versioned(struct fuse_args *args, const struct fuse_lowlevel_ops *op,
-                                                size_t op_size, const struct libfuse_version *version,
-                                                void *userdata) {
+/* Under a name of its own here, for what libfuse declares differs in a `const`. */
+struct fuse_session *new_session(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t op_size,
+                                 const struct libfuse_version *version,
+                                 void *userdata) __asm__("fuse_session_new_versioned");
+
+struct fuse_session *new_session(struct fuse_args *args, const struct fuse_lowlevel_ops *op, size_t op_size,
+                                 const struct libfuse_version *version, void *userdata) {
     struct fuse_session *(*next)(struct fuse_args *, const struct fuse_lowlevel_ops *, size_t,
                                  const struct libfuse_version *, void *);
     *(void **)&next = dlsym(RTLD_NEXT, "fuse_session_new_versioned");
