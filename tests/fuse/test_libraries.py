@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import dask
 import dask.array
+import dask.config
 import dask.dataframe
 import fsspec
 import numpy as np
@@ -91,7 +91,7 @@ def test_pyarrow(spec: MemfaasFileSystem, frame: pandas.DataFrame) -> None:
 @pytest.mark.filterwarnings("ignore:The inplace keyword")  # dask itself uses it
 def test_dask(options: dict[str, Any], frame: pandas.DataFrame) -> None:
     with dask.config.set(scheduler="threads", num_workers=4):
-        parts = dask.dataframe.from_pandas(frame, npartitions=5)
+        parts = dask.dataframe.from_pandas(frame, npartitions=5)  # type: ignore[no-untyped-call]
         parts.to_parquet(f"{BASE}/parts", storage_options=options)
         again = dask.dataframe.read_parquet(f"{BASE}/parts", storage_options=options)
         assert again.npartitions == 5
@@ -101,7 +101,8 @@ def test_dask(options: dict[str, Any], frame: pandas.DataFrame) -> None:
         assert int(again.number.sum().compute()) == int(frame.number.sum())
         array = dask.array.arange(10_000, chunks=1000).reshape(100, 100)
         array.to_zarr(f"{BASE}/array.zarr", storage_options=options)
-        assert int(dask.array.from_zarr(f"{BASE}/array.zarr", storage_options=options).sum().compute()) == 49_995_000
+        again = dask.array.from_zarr(f"{BASE}/array.zarr", storage_options=options)  # type: ignore[no-untyped-call]
+        assert int(again.sum().compute()) == 49_995_000
 
 
 def test_xarray(options: dict[str, Any]) -> None:
