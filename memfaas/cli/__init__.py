@@ -29,6 +29,7 @@ _COMMANDS = {
     "rm": "memfaas.cli.data:rm",
     "mount": "memfaas.cli.mount:mount",
     "umount": "memfaas.cli.mount:umount",
+    "fs": "memfaas.cli.files:fs",
     "demo": "memfaas.cli.demo:demo",
     "reclaim": "memfaas.cli.reclaim:reclaim",
     "lend": "memfaas.cli.reclaim:lend",
