@@ -76,20 +76,20 @@ def measure_pressure(
     seconds: float = SECONDS, rounds: int = ROUNDS, report: Report = lambda share, doing: None
 ) -> PressureFigures:
     """First the cost for so long, then the times. Raises Disturbed."""
-    report(0.0, "pressure: watching the watch")
-    figures = PressureFigures(*_undisturbed(lambda: _watch(seconds)))
+    figures = PressureFigures(*_undisturbed(lambda: _watch(seconds), "watching the watch", 0.0, report))
     for number in range(rounds):
-        report(0.5 + number / rounds / 2, "pressure: a program wants memory")
-        figures.times.append(_undisturbed(_take))
+        figures.times.append(_undisturbed(_take, "a program wants memory", 0.5 + number / rounds / 2, report))
     return figures
 
 
-def _undisturbed(measure: Callable[[], R]) -> R:
+def _undisturbed(measure: Callable[[], R], doing: str, share: float, report: Report) -> R:
+    report(share, f"pressure: {doing}")
     for _ in range(_TRIES):
         try:
             return measure()
         except (Disturbed, MemfaasError) as error:  # the lease was not to be had, or lost
             trouble = error
+            report(share, f"pressure: {doing}, again: {error}")
     raise Disturbed(f"this node's memory is not calm enough, close other programs: {trouble}")
 
 

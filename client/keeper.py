@@ -21,6 +21,7 @@ from memfaas.errors import (
     AccessError,
     CapacityError,
     DeadlineExceeded,
+    FabricUnavailable,
     LeaseLost,
     MemfaasError,
     ProtocolError,
@@ -237,11 +238,7 @@ class Keeper:
         try:
             link = self._current()
             if reason == NEED_CONNECTION and isinstance(link, TcpLink | VerbsLink):
-                # Timeouts cost connections that are not counted, so the limit is not held for ever.
-                if self._dialled >= MAX_CONNECTIONS and attempt < _PATIENT_ATTEMPTS:
-                    wait = True
-                else:
-                    self._add_connection(link, attempt, deadline)
+                wait = not self._add_connection(link, attempt, deadline)
             elif not self._was_mended(link, reason, attempt, entered):
                 self._reopen(reason, attempt, deadline)
             operation.seen = self._mended
@@ -272,17 +269,25 @@ class Keeper:
             f"{self._what} on donor {self.place.donor} could not be reached within {self._owner.timeout:g} s"
         )
 
-    def _add_connection(self, link: TcpLink | VerbsLink, attempt: int, deadline: float) -> None:
+    def _add_connection(self, link: TcpLink | VerbsLink, attempt: int, deadline: float) -> bool:
+        """Whether there is one more, or a new link; else one of those that others use is to be waited for."""
+        # Timeouts cost connections that are not counted, so the limit is not held for ever.
+        patient = self._dialled > 1 and attempt < _PATIENT_ATTEMPTS
+        if patient and self._dialled >= MAX_CONNECTIONS:
+            return False
         try:
             if self._ticket_is_old():
                 self._ask_broker(deadline)
             if not self._is_behind():
                 fabric.add_connection(link, self.place, deadline)
                 self._dialled += 1
-                return
+                return True
         except (TransportError, AccessError, LeaseLost, CapacityError) as error:
             log.info("%s: no further connection: %s", self._what, error)
-        self._reopen(BROKEN, attempt, deadline)
+            if patient and isinstance(error, FabricUnavailable):  # refused, perhaps for the number of them
+                return False
+        self._reopen(NEED_CONNECTION, attempt, deadline)
+        return True
 
     def _reopen(self, reason: int, attempt: int, deadline: float) -> None:
         """Opens a new link where the lease is now, and tries until the deadline."""

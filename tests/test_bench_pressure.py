@@ -11,7 +11,7 @@ from memfaas.errors import LeaseLost
 from memfaas.units import MIB
 
 
-def test_what_was_disturbed_is_measured_again() -> None:
+def test_what_was_disturbed_is_measured_again_and_that_is_told() -> None:
     left = [LeaseLost("it is gone"), pressure.Disturbed("it was not calm")]
 
     def measure() -> int:
@@ -19,7 +19,13 @@ def test_what_was_disturbed_is_measured_again() -> None:
             raise left.pop()
         return 7
 
-    assert pressure._undisturbed(measure) == 7
+    told: list[tuple[float, str]] = []
+    assert pressure._undisturbed(measure, "watching", 0.5, lambda share, doing: told.append((share, doing))) == 7
+    assert told == [
+        (0.5, "pressure: watching"),
+        (0.5, "pressure: watching, again: it was not calm"),
+        (0.5, "pressure: watching, again: it is gone"),
+    ]
 
 
 def test_a_node_that_is_never_calm_is_named_and_no_figure_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

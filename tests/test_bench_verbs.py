@@ -13,7 +13,7 @@ from rich.console import Console
 
 from memfaas.bench.cli import bench
 from memfaas.bench.result import Machine
-from memfaas.bench.verbs import built, null, report, run
+from memfaas.bench.verbs import bars, built, null, report, run
 from memfaas.bench.verbs.bars import (
     BARE,
     NULL_BARE,
@@ -30,6 +30,7 @@ from memfaas.bench.verbs.bars import (
 from memfaas.bench.verbs.ways import STORE_OPS
 from memfaas.errors import FabricUnavailable
 from memfaas.fabric import devices
+from memfaas.testing import fsck
 from memfaas.units import GIB, KIB
 
 # --- bars and report ------------------------------------------------------------------------------------
@@ -51,6 +52,22 @@ def result_of(*rows: Row) -> VerbsResult:
 def verdict_of(found: VerbsResult, bar: str, size: int) -> tuple[float | None, bool | None, str]:
     (verdict,) = [one for one in found.verdicts if one.bar.startswith(bar) and one.size == size]
     return verdict.figure, verdict.passed, verdict.note
+
+
+def test_the_block_that_is_read_is_the_one_of_the_value() -> None:
+    longest_key = 3
+    assert fsck.block_size(bars.VALUE + 64 + longest_key) == bars.BLOCK
+
+
+def test_a_get_is_set_against_a_read_of_its_block_too() -> None:
+    found = result_of(
+        row(OURS, "get", bars.VALUE, [6.0]), row(BARE, "read", bars.VALUE, [3.0]), row(BARE, "read", bars.BLOCK, [5.0])
+    )
+    figures = {one.bar: one.figure for one in found.verdicts if one.op == "get" and one.figure is not None}
+    assert figures == {
+        "get, its place known: at most 1.3 x one READ": 2.0,
+        "get, its place known: at most 1.3 x one READ of its block": 1.2,
+    }
 
 
 def test_a_time_is_set_against_that_of_the_same_round() -> None:

@@ -20,6 +20,7 @@ from memfaas.bench.result import Machine, this_machine
 from memfaas.bench.verbs import null
 from memfaas.bench.verbs.bars import (
     BARE,
+    BLOCK,
     OURS,
     PERFTEST,
     PERFTEST_LATENCY,
@@ -109,7 +110,7 @@ def _groups(device: str, reason: str) -> list[Group]:
         way: [(way, op, size) for op in one_sided for size in SIZES] for way in (OURS, BARE, PYVERBS)
     }
     names[OURS] += [(OURS, op, VALUE) for op in STORE_OPS]
-    names[BARE] += [(BARE, "exchange", VALUE)]
+    names[BARE] += [(BARE, "exchange", VALUE), (BARE, "read", BLOCK)]
     perftest: list[Name] = [(way, op, size) for way, op in _PERFTEST for size in SIZES]
 
     def ours(stack: ExitStack) -> dict[Name, Way]:

@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from functools import partial
 from statistics import median
 
-from memfaas.bench.verbs.bars import BATCH, SIZES, VALUE, Op
+from memfaas.bench.verbs.bars import BATCH, BLOCK, SIZES, VALUE, Op
 from memfaas.testing.lease import BareLease
 from memfaas.units import KIB, MIB
 
 Way = Callable[[], float]
 """Microseconds of one operation, in one round."""
-COUNTS: dict[int, int] = {8: 200, 4 * KIB: 200, 64 * KIB: 50, MIB: 10}
+COUNTS: dict[int, int] = {8: 200, 4 * KIB: 200, BLOCK: 200, 64 * KIB: 50, MIB: 10}
 """Operations in a round. An emulated device takes 20 ms for the largest."""
 STORE_OPS: tuple[Op, ...] = ("get", "get, not seen before", "put", "get in batches", "put in batches")
 _KEYS = 256

@@ -235,6 +235,7 @@ void mf_writers_recover(struct mf_memory *memory); /* of a killed function, befo
 #define MF_REAPER 0xffffu  /* holder of spans that are being put right */
 #define MF_PUNCHED 0xfffeu /* of those whose memory the kernel has back (punch.c) */
 bool mf_is_linked(struct mf_memory *memory, uint64_t offset);
+void mf_relink(struct mf_memory *memory, uint32_t stripe);
 void mf_retire_block(struct mf_memory *memory, uint64_t offset);
 /* Sets a bit in linked[i * MF_SPAN_WORDS ...] for each block of span spans[i] that a slot leads to. */
 int mf_mark_linked(struct mf_memory *memory, const uint32_t *spans, uint32_t count, uint64_t *linked,

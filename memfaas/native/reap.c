@@ -3,7 +3,8 @@
  * 1. `retiring`: it was replacing or deleting a value. If the block is still linked, nothing happened
  *    yet; otherwise its blocks go into limbo now, if they are not there already. Its pin is still set,
  *    so no limbo bit that it set can have been harvested: setting it again is harmless.
- * 2. Its locks open. The data under them is right at every moment: a slot changes by one store.
+ * 2. Its locks open. The data under them is right at every moment: a slot changes by one store. Only `linked` of the
+ *    block that it leads to may not be what it should, and is set first.
  * 3. Spans that it holds become the reaper's, and its pins clear.
  * 4. In those spans: a block in them that no slot leads to, and that is not in limbo, was being
  *    written. Whoever unlinked a block before we looked had pinned it; once two epochs have passed, that
@@ -33,6 +34,8 @@ static void open_locks(struct mf_memory *memory, uint32_t participant) {
     for (uint32_t i = 0; i < MF_STRIPES; i++) {
         _Atomic uint32_t *lock = &memory->control->stripes[i].lock;
         uint32_t seen = atomic_load(lock);
+        if ((seen & 0x7fffffff) == participant + 1)
+            MF_GUARDED(memory->data, memory->at.data_bytes, mf_relink(memory, i), (void)0);
         while ((seen & 0x7fffffff) == participant + 1 && !atomic_compare_exchange_strong(lock, &seen, 0)) {
         }
         /* Also of locks that it did not hold: it may have died with a wake that was meant for one waiter. */

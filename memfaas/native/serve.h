@@ -38,7 +38,7 @@ struct mf_server {
  * made, somebody has been told that it did not happen. */
 struct mf_writer *mf_writer_of(struct connection *connection, uint64_t id);
 
-/* --- verbs_chunks.c: what of DATA a device can reach --------------------------------------------------------- */
+/* --- turns.c ------------------------------------------------------------------------------------------------ */
 
 /* A mutex, one user of which gives way to all others: it could hold them up for ever, as a mutex is not fair. */
 struct mf_turns {
@@ -51,6 +51,8 @@ void mf_turns_enter(struct mf_turns *turns);
 void mf_turns_leave(struct mf_turns *turns);
 void mf_turns_enter_last(struct mf_turns *turns, int64_t patience); /* when nobody wants it, or after so many ns */
 void mf_turns_leave_last(struct mf_turns *turns);
+
+/* --- verbs_chunks.c: what of DATA a device can reach --------------------------------------------------------- */
 
 struct ibv_mr;
 struct mf_device;

@@ -350,7 +350,7 @@ static void retire_block(struct mf_op *op, const struct mf_block *block, struct 
 /* `linked` is for those who read a block one-sided (verbs_get.c), without a pin that would keep it what it was. It
  * is the block's version only from after its slot was stored until before the slot is changed again, and no
  * two blocks of a key have the same. So who reads a block with the two alike has read what the slot led to at that
- * moment. (A writer that dies in between leaves them different: such a block is asked for over tcp.) */
+ * moment. (A writer that dies in between leaves them different, until the reaper comes to mf_relink.) */
 static void set_linked(const struct mf_block *block, uint64_t version) {
     atomic_store_explicit((_Atomic uint64_t *)&block->linked, version, memory_order_release);
 }
@@ -574,6 +574,20 @@ int mf_stats(struct mf_memory *memory, struct mf_stats *out) {
 }
 
 /* --- for the reaper --------------------------------------------------------------------------------------- */
+
+/* Of the keys of a stripe whose lock a dead one holds, so nobody else changes them; and as its pin is set still, no
+ * block that a slot leads to now is used for anything else meanwhile. */
+void mf_relink(struct mf_memory *memory, uint32_t stripe) {
+    mf_slot *slots = group_at(memory, 0);
+    for (uint64_t i = 0; i < memory->at.groups * MF_GROUP; i++) {
+        uint64_t offset = mf_slot_offset(atomic_load_explicit(&slots[i], memory_order_acquire));
+        const struct mf_block *block = offset ? block_at(memory, offset) : NULL;
+        if (block && stripe_of(block->hash) == stripe && block->linked != block->version) {
+            set_linked(block, block->version);
+            mf_note_written(memory, offset, sizeof *block);
+        }
+    }
+}
 
 bool mf_is_linked(struct mf_memory *memory, uint64_t offset) {
     const struct mf_block *block = block_at(memory, offset);

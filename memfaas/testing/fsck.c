@@ -14,6 +14,7 @@ struct report {
     uint64_t dangling;           /* blocks that are linked or in limbo, and not taken */
     uint64_t limbo;              /* blocks that wait to be free */
     uint64_t counted_wrong;      /* spans whose `used` is not what their bits say */
+    uint64_t unproved;           /* values that one-sided readers cannot trust: `linked` is not their version */
 };
 
 static void link_block(struct mf_memory *memory, uint64_t *linked, struct report *out, uint64_t offset) {
@@ -62,6 +63,7 @@ static void check_values(struct mf_memory *memory, uint64_t *linked, struct repo
         out->broken += !whole;
         if (!whole)
             continue;
+        out->unproved += block->linked != block->version;
         link_block(memory, linked, out, mf_slot_offset(slot));
         for (uint32_t c = 0; op.chunks && c < op.pieces; c++)
             link_block(memory, linked, out, (uint64_t)((uint8_t *)op.piece[c].iov_base - memory->data));

@@ -13,7 +13,7 @@ from memfaas.testing.compiling import compile_with_core
 from memfaas.testing.lease import Kind
 
 _FIELDS = (
-    "locks", "pins", "spans", "places", "broken", "shared", "leaked", "dangling", "limbo", "counted_wrong",
+    "locks", "pins", "spans", "places", "broken", "shared", "leaked", "dangling", "limbo", "counted_wrong", "unproved",
 )  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def check(store: memfaas.Store, content: dict[bytes, bytes]) -> None:
 def test_who_reads_and_writes_does_not_notice_that_the_broker_is_away(
     own_cluster: LocalCluster, choice: fabric.Choice
 ) -> None:
-    with memfaas.connect(own_cluster.address, fabric=choice) as session:
+    with memfaas.connect(own_cluster.address, fabric=choice, timeout=60) as session:
         content = fill(session)
         store = session.store("s")
         region = session.lease("1MiB")

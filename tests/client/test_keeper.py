@@ -279,6 +279,19 @@ def test_a_connection_that_cannot_be_added_is_a_broken_link(world: World, monkey
     assert world.link is not first
 
 
+def test_a_further_connection_that_is_refused_costs_no_link(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function serves so many of them; who has some already waits until one of them is free."""
+    for _ in range(3):
+        world.keeper.mend(NEED_CONNECTION, 1)
+    first = world.link
+    monkeypatch.setattr(fabric.tcp, "dial", failing(FabricUnavailable("refused")))
+    for attempt in range(1, 8):
+        world.keeper.mend(NEED_CONNECTION, attempt)
+    assert world.link is first
+    world.keeper.mend(NEED_CONNECTION, 8)  # nobody had one to spare for long: none of them may work
+    assert world.link is not first
+
+
 def test_many_threads_mend_a_link_once(world: World) -> None:
     started = threading.Barrier(8)
     errors: list[MemfaasError] = []

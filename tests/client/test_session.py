@@ -315,7 +315,7 @@ def test_another_tenant_sees_and_gets_nothing(cluster: LocalCluster, session: Se
 
 def test_a_forged_ticket_opens_nothing(session: Session, choice: fabric.Choice) -> None:
     place = session.store("s", size="8MiB").keepers[0].place
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     ticket = auth.Ticket.decode(place.ticket)
     late = msgspec.structs.replace(ticket, expires=time.time() + 1e6).encode()
     forgeries = {

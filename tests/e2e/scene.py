@@ -49,10 +49,18 @@ def _names_of(cluster: LocalCluster) -> dict[int, str]:
 
 
 def kill(pid: int) -> None:
-    try:
+    """Returns when it has ended: until then a network device may still reach its memory."""
+    with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        until(lambda: _has_ended(pid))
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 class Backing(NamedTuple):

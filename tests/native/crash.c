@@ -175,9 +175,10 @@ static void check_whole(struct shared *copy) {
     struct report r;
     if (fsck(copy->data, copy->control, &r))
         abort();
-    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong)
-        fail("locks %lu pins %lu spans %lu broken %lu shared %lu leaked %lu dangling %lu counted wrong %lu", r.locks,
-             r.pins, r.spans, r.broken, r.shared, r.leaked, r.dangling, r.counted_wrong);
+    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong ||
+        r.unproved)
+        fail("locks %lu pins %lu spans %lu broken %lu shared %lu leaked %lu dangling %lu counted wrong %lu unproved %lu",
+             r.locks, r.pins, r.spans, r.broken, r.shared, r.leaked, r.dangling, r.counted_wrong, r.unproved);
 }
 
 static void check_others(struct shared *copy) {

@@ -347,7 +347,8 @@ static void check_arrived(struct arrival *arrival) {
     mf_thaw(&arrival->memory);
     if (mf_put_right(&arrival->memory, mf_now() + timeout) || fsck(arrival->data_fd, arrival->control_fd, &r))
         fail("the copy cannot be put right", 0, 0);
-    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong || r.limbo)
+    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong || r.limbo ||
+        r.unproved)
         fail("the copy is not whole", (long)r.leaked, (long)r.broken);
 }
 
@@ -782,9 +783,12 @@ static void check_end(void) {
     uint64_t used, free_spans;
     if (fsck(data_fd, control_fd, &r))
         fail("fsck", 0, 0);
-    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong) {
-        fprintf(stderr, "locks %lu pins %lu spans %lu broken %lu shared %lu leaked %lu dangling %lu counted wrong %lu\n",
-                r.locks, r.pins, r.spans, r.broken, r.shared, r.leaked, r.dangling, r.counted_wrong);
+    if (r.locks || r.pins || r.spans || r.broken || r.shared || r.leaked || r.dangling || r.counted_wrong ||
+        r.unproved) {
+        fprintf(stderr,
+                "locks %lu pins %lu spans %lu broken %lu shared %lu leaked %lu dangling %lu counted wrong %lu "
+                "unproved %lu\n",
+                r.locks, r.pins, r.spans, r.broken, r.shared, r.leaked, r.dangling, r.counted_wrong, r.unproved);
         fail("the shard is not whole", 0, 0);
     }
     open_client(&client, 1, 1);

@@ -31,6 +31,8 @@ _FSCK = "fsck.so"
 _BOOT_S = 300.0
 _TEST_S = 200.0
 """For each test, on a machine that is busy with other things too."""
+_OPERATION_S = 60.0
+"""For operations of sessions that say nothing else: all is slower when it is emulated."""
 _LAST_LINES = 60
 
 
@@ -126,6 +128,7 @@ class _Run:
                 environment={
                     _INSIDE: "1",
                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+                    "MEMFAAS_TIMEOUT": f"{_OPERATION_S:g}",
                     fsck.BUILT: str(machine.SHARED / _FSCK),
                     built.BUILT: str(machine.SHARED),
                 },

@@ -8,14 +8,17 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from memfaas.testing.lease import Arrival, BareLease, BareStore, move
+from memfaas._native import LinkDown
+from memfaas.testing.lease import Arrival, BareLease, BareRegion, BareStore, move
 from memfaas.units import MIB
-from tests.e2e.scene import until
+from tests.e2e.scene import kill, until
 from tests.vm.hostile import FunctionProcess
 
 pytestmark = [pytest.mark.vm(cpus=2), pytest.mark.slow]
@@ -54,6 +57,16 @@ def test_all_is_registered_ahead_while_there_are_clients_and_none_of_it_afterwar
         server.close_verbs("it is closed")
         assert not server.register_more()
         assert not lease.memory.registered()
+
+
+def test_a_lease_of_100_gib_is_used_as_soon_as_a_small_one() -> None:
+    """What nobody reaches is registered in the background."""
+    with BareLease("region", 100 << 30, timeout_s=30) as lease:
+        before = pinned()
+        region = lease.region(lease.verbs_link())
+        region.write(99 << 30, b"far away")
+        assert region.read(99 << 30, 8) == b"far away"
+        assert pinned() - before < 3 * CHUNK
 
 
 def test_it_ends_when_the_last_client_leaves_and_begins_anew_with_the_next() -> None:
@@ -166,6 +179,7 @@ with BareLease("region", 64 * MIB) as lease:
 KEYS = 200
 SINGLE = 20_000
 ALL = 100_000
+IDLE_S = 3
 
 
 def test_a_function_has_no_part_in_100_000_gets_and_may_even_be_stopped() -> None:
@@ -209,3 +223,37 @@ def test_a_stopped_function_of_another_process_serves_regions() -> None:
             assert region.fetch_add(0, 1) == int.from_bytes(NOISE[:8], "little")
         finally:
             os.kill(function.pid, signal.SIGCONT)
+
+
+def test_a_function_whose_clients_are_idle_uses_no_processor() -> None:
+    with FunctionProcess("shard", 16 * MIB) as function:
+        links = [function.link(30) for _ in range(20)]
+        store = BareStore(2 * MIB)
+        store._set_link(0, links[0])
+        store.put(b"k", b"v")
+        before = function.cpu_ticks()
+        time.sleep(IDLE_S)
+        assert function.cpu_ticks() - before <= 1
+        assert store.get(b"k") == b"v"
+
+
+def test_a_read_of_a_function_that_is_killed_meanwhile_ends_with_an_error() -> None:
+    with FunctionProcess("region", 70 * MIB) as function:
+        region = BareRegion(70 * MIB)
+        region._set_link(function.link(20))
+        content = NOISE * 16
+        region.write(0, content)
+        rounds = 0
+
+        def read() -> None:
+            nonlocal rounds
+            while True:
+                assert region.read(0, len(content)) == content
+                rounds += 1
+
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(read)
+            until(lambda: rounds > 2 or done.done())
+            kill(function.pid)
+            with pytest.raises(LinkDown):
+                done.result()

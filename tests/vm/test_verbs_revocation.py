@@ -127,13 +127,18 @@ def stopped(pids: list[int]) -> Iterator[None]:
 
 
 def test_a_put_waits_for_a_function_that_stands_still_and_takes_effect_once(small_cluster: LocalCluster) -> None:
-    with memfaas.connect(small_cluster.address, fabric="verbs", timeout=60) as session:
+    with (
+        memfaas.connect(small_cluster.address, fabric="verbs", timeout=60) as session,
+        memfaas.connect(small_cluster.address, fabric="verbs", timeout=60) as other,
+    ):
         store = session.store("s", size=16 * MIB)
-        store.put("k", b"before")
+        same = other.store("s")  # with a connection of its own, as a put holds its one until it has ended
+        same.put("k", b"before")
+        assert store.get("k") == b"before"
         ended: list[str] = []
 
         def put() -> None:
-            store.put("k", b"after")
+            same.put("k", b"after")
             ended.append("put")
 
         thread = threading.Thread(target=put)
@@ -153,7 +158,10 @@ def test_a_put_waits_for_a_function_that_stands_still_and_takes_effect_once(smal
 
 
 class Readers:
-    """Threads that get values all the time; each get ends in time, with the right value or with an error."""
+    """Threads that get values all the time; each get ends in time, with the right value or with an error.
+
+    To make one puts the values.
+    """
 
     def __init__(self, store: memfaas.Store) -> None:
         self.values = {"page": NOISE[: 4 * KIB], "large": NOISE}
@@ -164,6 +172,8 @@ class Readers:
         self._store = store
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(key,)) for key in self.values]
+        for key, value in self.values.items():
+            store.put(key, value)
 
     def _run(self, key: str) -> None:
         while not self._stop.is_set():
@@ -181,6 +191,7 @@ class Readers:
     def go_on(self) -> None:
         before = dict(self.good)
         until(lambda: self.wrong or all(self.good[key] > before[key] + 2 for key in self.values))
+        assert self.wrong == []
 
     def recover(self) -> bool:
         self.errors.clear()
@@ -203,8 +214,6 @@ def test_a_link_that_goes_down_amid_reads_is_an_error_in_time_and_works_when_it_
 ) -> None:
     store = session.store("s", size=32 * MIB)
     with Readers(store) as readers:
-        for key, value in readers.values.items():
-            store.put(key, value)
         for _ in range(2):
             readers.go_on()
             assert readers.errors == []
@@ -252,7 +261,7 @@ def test_a_donor_that_dies_is_an_error_in_time_and_then_a_loss_that_is_said(
     until(lambda: is_lost(store))
     ended_by(LeaseLost, lambda: store.get("k"), lambda: store.put("k", b"v"), lambda: region.read(0, 1))
     store.close()
-    fresh = session.store("s", size=16 * MIB)
-    fresh.put("k", b"fresh")
-    assert fresh.get("k") == b"fresh"
-    fresh.close()
+    with memfaas.connect(small_cluster.address, fabric="verbs") as patient:
+        fresh = patient.store("s", size=16 * MIB)
+        fresh.put("k", b"fresh")
+        assert fresh.get("k") == b"fresh"

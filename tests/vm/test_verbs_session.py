@@ -1,4 +1,7 @@
-"""What is tested of sessions over shm and tcp is tested over verbs, too: the same tests, on another fabric."""
+"""What sessions do over shm and tcp they do over verbs: the same tests, on another fabric.
+
+Who is killed or away meanwhile is in test_verbs_cluster.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import pytest
 import memfaas
 from memfaas.client.local import LocalCluster
 from memfaas.fabric import Choice
-from tests.client import test_failures as failures
 from tests.client import test_session as suite
 from tests.e2e import test_bad_days as bad_days
 
@@ -29,11 +31,6 @@ def session(cluster: LocalCluster) -> Iterator[memfaas.Session]:
 
 
 @pytest.fixture
-def own_cluster(cluster: LocalCluster) -> LocalCluster:
-    return cluster
-
-
-@pytest.fixture
 def calm_cluster(cluster: LocalCluster) -> LocalCluster:
     return cluster
 
@@ -42,26 +39,10 @@ test_a_store_over_each_fabric = suite.test_a_store_over_each_fabric
 test_what_is_free_takes_values_of_other_sizes = suite.test_what_is_free_takes_values_of_other_sizes
 test_the_last_of_several_values_for_one_key_stays = suite.test_the_last_of_several_values_for_one_key_stays
 test_a_forged_ticket_opens_nothing = suite.test_a_forged_ticket_opens_nothing
-test_many_threads_use_one_store = suite.test_many_threads_use_one_store
 test_a_forked_child_has_links_and_a_session_of_its_own = suite.test_a_forked_child_has_links_and_a_session_of_its_own
 test_a_region_is_raw_memory = suite.test_a_region_is_raw_memory
-test_additions_of_many_threads_all_count = suite.test_additions_of_many_threads_all_count
 
 test_a_full_store_keeps_what_it_has_and_takes_more_after_deletes = (
     bad_days.test_a_full_store_keeps_what_it_has_and_takes_more_after_deletes
 )
 test_a_value_that_the_store_cannot_hold_leaves_nothing = bad_days.test_a_value_that_the_store_cannot_hold_leaves_nothing
-test_a_ticket_that_is_no_good_is_replaced_by_one_that_is = (
-    bad_days.test_a_ticket_that_is_no_good_is_replaced_by_one_that_is
-)
-
-test_who_reads_and_writes_does_not_notice_that_the_broker_is_away = (
-    failures.test_who_reads_and_writes_does_not_notice_that_the_broker_is_away
-)
-test_memory_functions_that_are_killed_come_back_with_everything = (
-    failures.test_memory_functions_that_are_killed_come_back_with_everything
-)
-test_an_agent_that_is_killed_finds_its_functions_again = failures.test_an_agent_that_is_killed_finds_its_functions_again
-test_clients_killed_in_the_middle_lose_no_acknowledged_value = (
-    failures.test_clients_killed_in_the_middle_lose_no_acknowledged_value
-)
