@@ -19,13 +19,21 @@ _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 def is_mounted(folder: Path) -> bool:
     """Whether memfaas is mounted there, with or without a process that serves it."""
-    wanted = os.fsencode(os.path.realpath(folder))
-    kind = None
+    table = _by_place()
+    place = os.fsencode(os.path.abspath(folder))
+    if place not in table:  # to look where a link leads asks the mount's process, which may hang
+        place = os.fsencode(os.path.realpath(folder))
+    return table.get(place) == TYPE.encode()
+
+
+def _by_place() -> dict[bytes, bytes]:
+    """Of each mount point: the type of what is on top."""
+    table = {}
     for line in _TABLE.read_bytes().splitlines():
-        place, _, source = line.partition(b" - ")
-        if _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), place.split()[4]) == wanted:
-            kind = source.split()[0]  # the last one is on top
-    return kind == TYPE.encode()
+        where, _, what = line.partition(b" - ")
+        place = _ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), where.split()[4])
+        table[place] = what.split()[0]
+    return table
 
 
 def is_dead(folder: Path) -> bool:

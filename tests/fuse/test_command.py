@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -160,6 +161,32 @@ def test_unmounting_says_when_the_process_does_not_end(
 
 
 @pytest.mark.slow
+def test_a_mount_that_hangs_is_unmounted_lazily(mount: Mounter, cluster: LocalCluster, tmp_path: Path) -> None:
+    with temporary_store(cluster, "hangs"):
+        mounted = mount("hangs", "--size", "32MiB", "--cache", "0s")
+        mounted.process.send_signal(signal.SIGSTOP)
+        try:
+            subprocess.run([*MEMFAAS, "umount", "--lazy", mounted.folder], check=True, timeout=30)
+            assert os.listdir(mounted.folder) == []
+        finally:
+            mounted.process.send_signal(signal.SIGCONT)
+        assert mounted.process.wait(60) == 0
+
+
+def test_ctrl_c_ends_a_mount_that_is_not_ready(folder: Path, cluster: LocalCluster) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"memfaas://127.0.0.1:{silent.getsockname()[1]}?{cluster.address.partition('?')[2]}"
+        command = [*MEMFAAS, "mount", "none", str(folder), "--broker", address, "--timeout", "60s"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+            link, _ = silent.accept()  # and says nothing
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert process.stderr is not None
+            assert process.stderr.read() == b""  # which the other process would keep open
+            link.close()
+
+
+@pytest.mark.slow
 def test_a_mount_whose_process_was_killed_is_unmounted_and_mounted_again(folder: Path, cluster: LocalCluster) -> None:
     with temporary_store(cluster, "again") as broker:
         run("mount", "again", folder, "--size", "32MiB", *broker)
@@ -206,12 +233,17 @@ def test_an_option_of_fstab_that_is_unknown_is_refused_by_name(option: str) -> N
 @pytest.fixture
 def helper() -> Iterator[None]:
     """In /sbin, as the manual says."""
+    if os.geteuid():
+        pytest.skip("it takes root to install the helper of mount(8)")
     place = Path("/sbin/mount.fuse.memfaas")
-    if place.exists() or os.geteuid():
-        pytest.skip("it takes root to install the helper of mount(8), and there must be none")
+    before = os.readlink(place) if place.is_symlink() else None
+    if before is not None:
+        place.unlink()
     place.symlink_to(Path(sys.executable).with_name("mount.fuse.memfaas"))
     yield
     place.unlink()
+    if before is not None:
+        place.symlink_to(before)
 
 
 @pytest.mark.slow
