@@ -21,7 +21,7 @@ from memfaas.units import MIB
 from tests.e2e import moves
 from tests.e2e.crew import Crew
 from tests.e2e.moves import EVERYTHING, PATIENT_S, Asked, operator
-from tests.e2e.scene import functions_of, idle_functions_of, kill, until
+from tests.e2e.scene import functions_of, kill, until
 
 pytestmark = [pytest.mark.vm(cpus=2, memory="2G"), pytest.mark.slow]
 
@@ -30,7 +30,6 @@ NOISE = random.Random(6).randbytes(5 * MIB)
 
 @pytest.fixture(name="cluster", scope="module")
 def cluster_with_store(cluster: LocalCluster) -> Iterator[LocalCluster]:
-    until(lambda: idle_functions_of(cluster) == 2 * moves.WARM)
     with memfaas.connect(cluster.address) as session:
         session.store("s", size=48 * MIB, persistent=True)
         yield cluster
