@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -75,9 +76,7 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
                     "memfaas and pyfuse3 were built for different libfuses, so locks would not hold: "
                     "install memfaas and pyfuse3 anew"
                 )
-            log.info("mounted %r on %s", options.store, options.folder)
-            ready()
-            trio.run(_serve, volume, extra)
+            trio.run(_serve, volume, extra, options, ready)
             log.info("unmounting %s", options.folder)
         finally:
             pyfuse3.close(unmount=True)
@@ -131,13 +130,29 @@ def _capacity(store: Store) -> tuple[int, int]:
     return info.size, max(info.size - info.used, 0)
 
 
-async def _serve(volume: Volume, extra: Extra) -> None:
+async def _serve(volume: Volume, extra: Extra, options: MountOptions, ready: Callable[[], None]) -> None:
+    failed: list[OSError] = []
+
+    async def look() -> None:
+        """Who waits for the mount shall find one that answers."""
+        try:
+            await trio.to_thread.run_sync(os.stat, options.folder, abandon_on_cancel=True)
+        except OSError as error:
+            failed.append(error)
+            pyfuse3.terminate()
+        else:
+            log.info("mounted %r on %s", options.store, options.folder)
+            ready()
+
     async with trio.open_nursery() as nursery:
         extra.nursery = nursery
         nursery.start_soon(_end_at_signal)
         nursery.start_soon(_tick, volume)
+        nursery.start_soon(look)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
+    if failed:
+        raise failed[0]
 
 
 async def _end_at_signal() -> None:

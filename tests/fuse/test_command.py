@@ -116,6 +116,20 @@ def test_it_says_why_it_does_not_mount(folder: Path, tmp_path: Path, cluster: Lo
     assert not os.path.ismount(folder)
 
 
+@pytest.mark.slow
+def test_a_mount_that_does_not_answer_is_none(folder: Path) -> None:
+    """What it is mounted for has to find files, not only a mount point."""
+    code = (
+        "import memfaas.fs.volume as v, memfaas.cli\n"
+        "def fails(*_): raise OSError(5, 'Input/output error')\n"
+        "v.Volume.inode = fails\n"
+        f"memfaas.cli.main(['mount', '--local', {str(folder)!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, "Input/output error" in done.stderr) == (1, True)
+    assert not os.path.ismount(folder)
+
+
 def test_what_is_no_mount_of_ours_is_not_unmounted(folder: Path) -> None:
     assert "is no mount of memfaas" in run("umount", folder, status=2)
     assert "is no mount of memfaas" in run("umount", "/proc", status=2)
