@@ -14,7 +14,7 @@ BUILD_ENV := PYTHONWARNINGS=ignore
 NATIVE := $(wildcard memfaas/*.pyx memfaas/*.pxd memfaas/native/*.c memfaas/native/*.h fuse/*.pyx fuse/*.c fuse/*.h)
 
 BUILD_PACKAGES := fuse3 gcc libc6-dev libfuse3-dev libibverbs-dev libxxhash-dev pkg-config python3-dev python3-venv
-TEST_PACKAGES := fio git iproute2 lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge redis-server slurm-client slurm-wlm-basic-plugins slurmctld slurmd
+TEST_PACKAGES := fio git iproute2 libnbd-bin lua5.1 lua5.2 lua5.3 lua5.4 luajit memcached munge nbdkit redis-server rsync slurm-client slurm-wlm-basic-plugins slurmctld slurmd
 VM_PACKAGES := busybox-static cpio ibverbs-providers iproute2 kmod perftest qemu-system-x86
 
 .PHONY: help install dev build demo test test-fast lint format bench bench-verbs peers vm clean

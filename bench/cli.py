@@ -15,7 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memfaas.bench import bars, idle, kv, lease, pressure, report, result
-from memfaas.bench.fs.cli import fs
+from memfaas.bench.fs import report as fs_report
+from memfaas.bench.fs.run import MANY as FS_MANY
+from memfaas.bench.fs.run import ROUNDS as FS_ROUNDS
+from memfaas.bench.fs.run import measure_fs
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
 from memfaas.bench.reclaim import report as reclaim_report
@@ -232,6 +235,29 @@ def verbs_command(rounds: int, output: Path, strict: bool, device: str | None) -
         sys.exit(1)
 
 
+@bench.command("fs")
+@click.option("--rounds", type=click.IntRange(min=1), default=FS_ROUNDS, show_default=True, help="How often.")
+@click.option("--seconds", type=_Duration(), default=2.0, show_default=True, help="Of each measurement of data.")
+@click.option("--names", type=click.IntRange(min=1), default=FS_MANY, show_default=True, help="In the folder of many.")
+@_output_option
+@_strict_option
+def fs_command(rounds: int, seconds: float, names: int, output: Path, strict: bool) -> None:
+    """A mount, beside tmpfs and other file systems through FUSE, in turns.
+
+    The floor is a file system by pyfuse3 that keeps all in a dictionary. nbdkit and nbdfuse take part
+    if they are installed. What JuiceFS says of itself is shown beside, and was not measured here.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress:
+        found = measure_fs(seconds, rounds, names, progress)
+    _console().print(fs_report.show(found))
+    table = output / f"bench-fs-{datetime.now():%Y%m%d-%H%M%S}.json"
+    fs_report.write(found, table)
+    click.echo(f"figures: {table}")
+    if strict and bars.missed(found.verdicts):
+        sys.exit(1)
+
+
 @bench.command("trace")
 @click.option(
     "--trace",
@@ -373,6 +399,3 @@ def _progress() -> Iterator[Report]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, doing: progress.update(task, completed=min(1.0, share), description=doing)
-
-
-bench.add_command(fs)

@@ -40,3 +40,12 @@ def install(wanted: Handlers) -> None:
 
 def used() -> bool:
     """Whether the session that was made since passes them on."""
+
+def fits() -> bool:
+    """Whether the libfuse that runs has the structures of the one that this was built for."""
+
+def built_for() -> str:
+    """Of libfuse: major and minor version."""
+
+def here() -> str:
+    """The version of the libfuse that runs."""

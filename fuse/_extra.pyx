@@ -28,6 +28,10 @@ cdef extern from "extra.h":
     mf_extra_t mf_extra
     bint mf_extra_used
     void mf_extra_reply_lseek(fuse_req_t req, off_t offset)
+    bint mf_extra_fits()
+    int FUSE_MAJOR_VERSION
+    int FUSE_MINOR_VERSION
+    const char *fuse_pkgversion()
     int fuse_reply_err(fuse_req_t req, int error)
     int fuse_reply_lock(fuse_req_t req, const flock_t *lock)
     void fuse_req_interrupt_func(fuse_req_t req, void (*func)(fuse_req_t req, void *data) noexcept, void *data)
@@ -140,3 +144,15 @@ def install(object wanted):
 
 def used():
     return mf_extra_used
+
+
+def fits():
+    return mf_extra_fits()
+
+
+def built_for():
+    return f"{FUSE_MAJOR_VERSION}.{FUSE_MINOR_VERSION}"
+
+
+def here():
+    return fuse_pkgversion().decode()

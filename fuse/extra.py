@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,6 +24,28 @@ FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x01, 0x02, 0x10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A lock."""
+
+    kind: int
+    exclusive: bool
+    start: int
+    end: int
+
+
+@contextmanager
+def _answering(request: LockRequest) -> Iterator[None]:
+    """An error is the answer, and not the end of the mount."""
+    try:
+        yield
+    except (OSError, MemfaasError) as error:
+        request.reply(errno_of(error))
+    except Exception:
+        log.exception("a lock of inode %d failed", request.ino)
+        request.reply(errno.EIO)
 
 
 class Extra:
@@ -73,7 +98,7 @@ class Extra:
     # --- locks ------------------------------------------------------------------------------------------
 
     def get_lock(self, request: LockRequest) -> None:
-        try:
+        with _answering(request):
             start, end = _range(request)
             exclusive = request.type == fcntl.F_WRLCK
             found = self._volume.locks.in_the_way(request.ino, request.owner, exclusive=exclusive, start=start, end=end)
@@ -82,63 +107,80 @@ class Extra:
             else:
                 kind = fcntl.F_WRLCK if found.exclusive else fcntl.F_RDLCK
                 request.reply_lock(kind, found.start, 0 if found.end == END else found.end - found.start, found.pid)
-        except (OSError, MemfaasError) as error:
-            request.reply(errno_of(error))
 
     def set_lock(self, request: LockRequest) -> None:
-        self._set(request, POSIX, request.type == fcntl.F_UNLCK, request.type == fcntl.F_WRLCK, *_range(request))
+        wanted = _Wanted(POSIX, request.type == fcntl.F_WRLCK, *_range(request))
+        self._set(request, wanted, unlock=request.type == fcntl.F_UNLCK)
 
     def set_flock(self, request: LockRequest) -> None:
-        self._set(request, FLOCK, request.type == fcntl.LOCK_UN, request.type == fcntl.LOCK_EX, 0, END)
+        wanted = _Wanted(FLOCK, request.type == fcntl.LOCK_EX, 0, END)
+        self._set(request, wanted, unlock=request.type == fcntl.LOCK_UN)
 
-    def _set(self, request: LockRequest, kind: int, unlock: bool, exclusive: bool, start: int, end: int) -> None:
-        try:
+    def _set(self, request: LockRequest, wanted: _Wanted, *, unlock: bool) -> None:
+        with _answering(request):
             if unlock:
-                self._give(request.ino, kind, request.owner, start, end)
+                self._give(request.ino, wanted.kind, request.owner, wanted.start, wanted.end)
                 request.reply(0)
-            elif self._take(request, kind, exclusive, start, end):
-                self._taken(request)
+            elif self._take(request, wanted):
+                self._taken(request, wanted)
             elif request.waits and self.nursery is not None:
-                self.nursery.start_soon(self._wait, request, kind, exclusive, start, end)
+                self.nursery.start_soon(self._wait, request, wanted)
             else:
                 request.reply(errno.EAGAIN)
-        except (OSError, MemfaasError) as error:
-            request.reply(errno_of(error))
 
-    def _take(self, request: LockRequest, kind: int, exclusive: bool, start: int, end: int) -> bool:
+    def _take(self, request: LockRequest, wanted: _Wanted) -> bool:
         return self._volume.locks.take(
-            request.ino, kind, request.owner, exclusive=exclusive, start=start, end=end, pid=request.pid
+            request.ino,
+            wanted.kind,
+            request.owner,
+            exclusive=wanted.exclusive,
+            start=wanted.start,
+            end=wanted.end,
+            pid=request.pid,
         )
 
-    async def _wait(self, request: LockRequest, kind: int, exclusive: bool, start: int, end: int) -> None:
+    async def _wait(self, request: LockRequest, wanted: _Wanted) -> None:
         pause = _FIRST_PAUSE_S
-        try:
+        with _answering(request):
             while not request.interrupted:
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
-                if self._take(request, kind, exclusive, start, end):
-                    self._taken(request)
+                if self._take(request, wanted):
+                    self._taken(request, wanted)
                     return
             request.reply(errno.EINTR)
-        except (OSError, MemfaasError) as error:
-            request.reply(errno_of(error))
 
-    def _taken(self, request: LockRequest) -> None:
+    def _taken(self, request: LockRequest, wanted: _Wanted) -> None:
         """What others wrote while they had the lock must be seen by who has it now."""
-        if self.nursery is not None and self._operations.is_outdated(request.ino):
-            self.nursery.start_soon(self._renew, request)
+        with self._or_released(request, wanted):
+            outdated = self._operations.is_outdated(request.ino)
+        if outdated and self.nursery is not None:
+            self.nursery.start_soon(self._renew, request, wanted)
         else:
             request.reply(0)
 
-    async def _renew(self, request: LockRequest) -> None:
-        # It may wait for pages that the kernel reads, which needs this thread.
-        await trio.to_thread.run_sync(self._operations.forget_data, request.ino)
-        request.reply(0)
+    async def _renew(self, request: LockRequest, wanted: _Wanted) -> None:
+        with _answering(request):
+            with self._or_released(request, wanted):
+                # It may wait for pages that the kernel reads, which needs this thread.
+                await trio.to_thread.run_sync(self._operations.forget_data, request.ino)
+            request.reply(0)
+
+    @contextmanager
+    def _or_released(self, request: LockRequest, wanted: _Wanted) -> Iterator[None]:
+        """Who is told of an error has no lock."""
+        try:
+            yield
+        except Exception:
+            self._volume.locks.give(request.ino, wanted.kind, request.owner, start=wanted.start, end=wanted.end)
+            raise
 
     def _give(self, ino: int, kind: int, owner: int, start: int, end: int) -> None:
         if self._volume.locks.holds(ino, kind, owner):
-            self._volume.flush_under_lock(ino)
-            self._volume.locks.give(ino, kind, owner, start=start, end=end)
+            try:
+                self._volume.flush_under_lock(ino)
+            finally:  # others must not wait for who cannot write
+                self._volume.locks.give(ino, kind, owner, start=start, end=end)
 
     def closed(self, ino: int, owner: int) -> None:
         self._end(ino, POSIX, owner)
@@ -150,7 +192,9 @@ class Extra:
         try:
             self._give(ino, kind, owner, 0, END)
         except (OSError, MemfaasError) as error:
-            log.error("a lock of inode %d stays: %s", ino, error)
+            log.error("at the end of a lock of inode %d: %s", ino, error)
+        except Exception:
+            log.exception("the end of a lock of inode %d failed", ino)
 
 
 def _range(request: LockRequest) -> tuple[int, int]:

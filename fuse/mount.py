@@ -13,6 +13,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from memfaas import mounts
 from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session, connect
 from memfaas.client.store import Store
@@ -43,6 +44,8 @@ class MountOptions:
     cache_s: float = 1.0
     local: bool = False
     """On a cluster of its own, on this machine, which ends with the mount."""
+    flags: tuple[str, ...] = ()
+    """For the kernel: of those of mount(8) that libfuse knows."""
 
 
 def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], None]) -> None:
@@ -50,8 +53,12 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
 
     Raises UsageError when it cannot be mounted there, and what opening the store raises.
     """
-    if not options.folder.is_dir():
-        raise UsageError(f"{options.folder} is no folder to mount on")
+    _check_folder(options.folder)
+    if not _extra.fits():
+        raise UsageError(
+            f"memfaas was built for libfuse {_extra.built_for()}, and here is {_extra.here()}, "
+            "whose structures are others: install memfaas and pyfuse3 anew"
+        )
     with ExitStack() as stack:
         session = stack.enter_context(_session(options, settings, stack))
         store = _store(session, options)
@@ -67,13 +74,25 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
             raise UsageError(f"cannot mount on {options.folder}: {error}") from error
         try:
             if not _extra.used():
-                log.warning(
-                    "this libfuse hides its calls: locks hold within this mount only, and there is no fallocate"
+                raise UsageError(
+                    "memfaas and pyfuse3 were built for different libfuses, so locks would not hold: "
+                    "install memfaas and pyfuse3 anew"
                 )
-            ready()
-            trio.run(_serve, volume, extra)
+            trio.run(_serve, volume, extra, options, ready)
+            log.info("unmounting %s", options.folder)
         finally:
             pyfuse3.close(unmount=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UsageError. What a killed mount left there is taken away."""
+    if mounts.is_mounted(folder):
+        if not mounts.is_dead(folder):
+            raise UsageError(f"{folder} is a mount of memfaas already")
+        log.warning("what was mounted on %s has no process any more: unmounting it", folder)
+        mounts.unmount(folder, lazy=True)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no folder to mount on")
 
 
 def _session(options: MountOptions, settings: ClientSettings, stack: ExitStack) -> Session:
@@ -100,7 +119,7 @@ def _store(session: Session, options: MountOptions) -> Store:
 
 
 def _fuse_options(options: MountOptions) -> set[str]:
-    chosen = {"default_permissions", "subtype=memfaas", f"fsname={options.store}"}
+    chosen = {"default_permissions", "subtype=memfaas", f"fsname={options.store}", *options.flags}
     if options.read_only:
         chosen.add("ro")
     if options.allow_other:
@@ -113,13 +132,29 @@ def _capacity(store: Store) -> tuple[int, int]:
     return info.size, max(info.size - info.used, 0)
 
 
-async def _serve(volume: Volume, extra: Extra) -> None:
+async def _serve(volume: Volume, extra: Extra, options: MountOptions, ready: Callable[[], None]) -> None:
+    failed: list[OSError] = []
+
+    async def look() -> None:
+        """Who waits for the mount shall find one that answers."""
+        try:
+            await trio.to_thread.run_sync(os.stat, options.folder, abandon_on_cancel=True)
+        except OSError as error:
+            failed.append(error)
+            pyfuse3.terminate()
+        else:
+            log.info("mounted %r on %s", options.store, options.folder)
+            ready()
+
     async with trio.open_nursery() as nursery:
         extra.nursery = nursery
         nursery.start_soon(_end_at_signal)
         nursery.start_soon(_tick, volume)
+        nursery.start_soon(look)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
+    if failed:
+        raise failed[0]
 
 
 async def _end_at_signal() -> None:
@@ -135,11 +170,3 @@ async def _tick(volume: Volume) -> None:
             volume.tick()
         except (OSError, MemfaasError) as error:
             log.warning("%s", error)
-
-
-def pid_of(folder: Path) -> int | None:
-    """Which process serves the mount; None when that is no mount of ours."""
-    try:
-        return int(os.getxattr(folder, "memfaas.pid"))
-    except (OSError, ValueError):
-        return None

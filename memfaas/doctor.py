@@ -285,23 +285,26 @@ def _backlog(node: Node) -> Iterator[Check]:
 
 
 def _fuse(node: Node) -> Iterator[Check]:
-    lacking = []
-    if not (node.root / "dev/fuse").exists():
-        lacking.append("/dev/fuse")
-    if node.which("fusermount3") is None:
-        lacking.append("fusermount3")
-    if not node.has_module("pyfuse3"):
-        lacking.append("pyfuse3")
-    if lacking:  # no remedy: there is nothing yet that it would mend
-        found = f"without {', '.join(lacking)}"
-        yield Check("file system", "missing", found, "the mount, which a later version brings, needs it")
-    else:
-        yield Check(
-            "file system",
-            "ok",
-            "/dev/fuse, fusermount3, pyfuse3",
-            "the mount, which a later version brings, can be used",
-        )
+    name = "file system"
+    needs = (
+        ("/dev/fuse", (node.root / "dev/fuse").exists(), "sudo modprobe fuse"),
+        ("fusermount3", node.which("fusermount3") is not None, "sudo apt-get install fuse3"),
+        ("pyfuse3", node.has_module("pyfuse3"), "pip install pyfuse3   # it needs libfuse3-dev"),
+    )
+    lacking = [need for need in needs if not need[1]]
+    if lacking:
+        found = f"without {', '.join(need for need, _, _ in lacking)}"
+        yield Check(name, "missing", found, "`memfaas mount` needs it; Python needs it not", lacking[0][2])
+        return
+    conf = (node.read("/etc/fuse.conf") or "").splitlines()
+    allowed = "user_allow_other" in (line.strip() for line in conf)
+    yield Check(
+        name,
+        "ok",
+        ", ".join(need for need, _, _ in needs) + (", user_allow_other" if allowed else ""),
+        "everybody can mount"
+        + ("" if allowed else "; `--allow-other` takes root, or a line user_allow_other in /etc/fuse.conf"),
+    )
 
 
 def _rdma(node: Node) -> Iterator[Check]:

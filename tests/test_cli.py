@@ -63,7 +63,7 @@ def test_the_doctors_table_in_a_pipe_is_as_wide_as_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench", "slurm", "umount")]
+    "name", [name for name in COMMANDS if name not in ("demo", "doctor", "bench", "fs", "slurm", "umount")]
 )
 def test_the_help_of_a_command_has_an_example_and_where_its_options_come_from(name: str) -> None:
     result = run(name, "--help")

@@ -18,7 +18,7 @@ from memfaas.cli import main, options
 from memfaas.client.local import LocalCluster
 from memfaas.config import Settings
 
-MODULES = ("check", "data", "mount", "reclaim", "serve", "slurm", "status", "usage")
+MODULES = ("check", "data", "files", "mount", "reclaim", "serve", "slurm", "status", "usage")
 COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "broker": ([[]], set()),
     "donor": ([[]], set()),
@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[list[list[str]], set[str]]] = {
     "slurm install": ([["--dir", "hooks", "--slurm-conf", "slurm.conf", "--stores"]], set()),
     "slurm scan": ([[]], set()),
     "mount": ([["store", ".", "--foreground"]], set()),
+    "fs check": ([["store"]], set()),
 }
 """How each is called, so that it comes by all that it reads; and what it reads without having a flag for it."""
 OPTIONS = {option.name: option for role in config.ROLES for option in config.options(role)}

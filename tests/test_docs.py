@@ -24,6 +24,7 @@ from rich.table import Table
 import memfaas
 from memfaas import config, doctor, errors, messages
 from memfaas.bench import bars
+from memfaas.bench.fs import bars as fs_bars
 from memfaas.bench.plan import SIZES
 from memfaas.bench.verbs import bars as verbs_bars
 from memfaas.cli import main, status, usage
@@ -255,6 +256,11 @@ def test_the_table_of_the_verbs_fabrics_bars_is_complete_and_true() -> None:
     ]
     rows = table_after("docs/benchmarks.md", "## The verbs fabric")
     assert [[row[0], row[1], row[3]] for row in rows] == expected
+
+
+def test_the_table_of_a_mounts_bars_is_complete_and_true() -> None:
+    expected = [[bar.text, f"at least {bar.least:g}"] for bar in fs_bars.BARS]
+    assert [[row[0], row[2]] for row in table_after("docs/benchmarks.md", "## A mount")] == expected
 
 
 def test_the_fields_of_the_doctors_findings_are_named() -> None:

@@ -178,9 +178,18 @@ def test_the_backlog(tmp_path: Path, text: str, state: str) -> None:
 def test_the_file_system_names_all_that_is_lacking(tmp_path: Path) -> None:
     lacking = check("file system", node(tmp_path, {}))
     assert (lacking.state, lacking.required) == ("missing", False)
-    assert (lacking.found, lacking.remedy) == ("without /dev/fuse, fusermount3, pyfuse3", None)
-    complete = node(tmp_path, {"dev/fuse": ""}, which=lambda name: f"/bin/{name}", has_module=lambda name: True)
-    assert check("file system", complete).state == "ok"
+    assert (lacking.found, lacking.remedy) == ("without /dev/fuse, fusermount3, pyfuse3", "sudo modprobe fuse")
+    without = check("file system", node(tmp_path, {"dev/fuse": ""}, has_module=lambda name: name == "pyfuse3"))
+    assert (without.found, without.remedy) == ("without fusermount3", "sudo apt-get install fuse3")
+
+
+@pytest.mark.parametrize(("conf", "allowed"), [(None, False), ("#user_allow_other", False), ("user_allow_other", True)])
+def test_the_file_system_says_who_may_let_others_in(tmp_path: Path, conf: str | None, allowed: bool) -> None:
+    files = {"dev/fuse": ""} | ({} if conf is None else {"etc/fuse.conf": f"mount_max = 1000\n{conf}\n"})
+    found = check("file system", node(tmp_path, files, which=lambda name: name, has_module=lambda name: True))
+    assert found.state == "ok"
+    assert ("user_allow_other" in found.found) == allowed
+    assert ("takes root" in found.meaning) == (not allowed)
 
 
 def test_a_node_without_rdma_is_no_failure_and_takes_one_line(tmp_path: Path) -> None:

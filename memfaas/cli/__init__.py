@@ -29,6 +29,7 @@ _COMMANDS = {
     "rm": "memfaas.cli.data:rm",
     "mount": "memfaas.cli.mount:mount",
     "umount": "memfaas.cli.mount:umount",
+    "fs": "memfaas.cli.files:fs",
     "demo": "memfaas.cli.demo:demo",
     "reclaim": "memfaas.cli.reclaim:reclaim",
     "lend": "memfaas.cli.reclaim:lend",
@@ -52,17 +53,6 @@ class _Commands(click.Group):
         module, _, name = place.partition(":")
         command: click.Command = getattr(import_module(module), name)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """`memfaas STORE FOLDER -o OPTIONS` is what `mount -t fuse.memfaas` and /etc/fstab call."""
-        if args[0] not in _COMMANDS and "-o" in args:
-            from memfaas.cli.mount import from_fstab
-
-            args = ["mount", *from_fstab(args)]
-            sys.argv[1:] = args  # which the process in the background is started with
-        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from memfaas import mounts
+from memfaas.cli.background import detach, say_ready
+from memfaas.cli.fstab import KERNEL
 from memfaas.cli.options import SESSION, load, settings_options
 from memfaas.config import ClientSettings
-from memfaas.errors import UsageError
+from memfaas.errors import DeadlineExceeded, UsageError
 from memfaas.units import parse_duration, parse_size
 
-_READY = b"ready\n"
-_UNMOUNT_S = 30.0
-
-
-_FLAGS = {"ro": "--read-only", "allow_other": "--allow-other", "local": "--local"}
-_VALUES = ("size", "cache", "log", *SESSION)
-
-
-def from_fstab(args: list[str]) -> list[str]:
-    """The arguments of `memfaas mount` for those of mount(8): STORE FOLDER -o ro,size=1GiB,broker=node1,..."""
-    places, options = [], []
-    rest = iter(args)
-    for arg in rest:
-        if arg == "-o":
-            options += next(rest, "").split(",")
-        else:
-            places.append(arg)
-    known = []
-    for option in options:
-        name, _, value = option.partition("=")
-        if name in _FLAGS:
-            known.append(_FLAGS[name])
-        elif name in _VALUES:
-            known += [f"--{name.replace('_', '-')}", value]  # all others are the kernel's, or defaults
-    return [*places, *known]
+_END_S = 30.0
+_LONGEST_NAME = 200
 
 
 @click.command()
@@ -57,7 +37,20 @@ def from_fstab(args: list[str]) -> list[str]:
     show_default=True,
     help="How long names and attributes may be shown after another mount changed them.",
 )
-@click.option("--log", metavar="FILE", help="Where to log, when it does not stay in the foreground.")
+@click.option(
+    "--log",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Where to log, when it does not stay in the foreground.  "
+    "[default: a file in ~/.local/state/memfaas named after FOLDER]",
+)
+@click.option(
+    "-o",
+    "flags",
+    metavar="FLAGS",
+    default="",
+    help=f"What the kernel is to obey, with commas between: {', '.join(KERNEL)}.",
+)
 @click.option("--ready-fd", type=int, hidden=True)
 @settings_options(ClientSettings, only=SESSION)
 def mount(
@@ -68,7 +61,8 @@ def mount(
     allow_other: bool,
     foreground: bool,
     cache: str,
-    log: str | None,
+    log: Path | None,
+    flags: str,
     ready_fd: int | None,
     **given: Any,
 ) -> None:
@@ -81,56 +75,56 @@ def mount(
     Examples:
         memfaas mount scratch /mnt/scratch --size 64GiB
         memfaas mount --local ~/remote
-        mount -t fuse.memfaas scratch /mnt/scratch -o broker=node1,allow_other
         memfaas umount /mnt/scratch
     """
     if len(places) == 1 and local:
         places = ("local", *places)
     if len(places) != 2:
         raise click.UsageError("say which STORE (or --local), and on which FOLDER")
-    if not foreground and ready_fd is None:
-        _in_background(log)
-        return
-    from memfaas.fuse.mount import MountOptions, serve
+    chosen = tuple(filter(None, flags.split(",")))
+    for flag in chosen:
+        if flag not in KERNEL:
+            raise UsageError(f"unknown flag {flag!r}; known are {', '.join(KERNEL)}")
+    settings = load(ClientSettings, given)
+    folder = Path(os.path.abspath(places[1]))
+    kept_size = None if size is None else parse_size(size)
+    kept_s = parse_duration(cache)
+    ready: Callable[[], None]
+    if ready_fd is not None:
+        ready = functools.partial(say_ready, ready_fd)
+    elif foreground:
+        ready = _go_on
+    else:
+        ready = detach(_default_log(folder) if log is None else log)
+    try:
+        from memfaas.fuse.mount import MountOptions, serve
+    except ImportError as error:
+        raise UsageError(f"mounting needs pyfuse3 and libfuse, and {error}") from error
 
     options = MountOptions(
         store=places[0],
-        folder=Path(places[1]),
-        size=None if size is None else parse_size(size),
+        folder=folder,
+        size=kept_size,
         read_only=read_only,
         allow_other=allow_other,
-        cache_s=parse_duration(cache),
+        cache_s=kept_s,
         local=local,
+        flags=chosen,
     )
-    serve(options, load(ClientSettings, given), lambda: _say_ready(ready_fd))
+    serve(options, settings, ready)
 
 
-def _say_ready(ready_fd: int | None) -> None:
-    if ready_fd is not None:
-        os.write(ready_fd, _READY)
-        os.close(ready_fd)
+def _go_on() -> None:
+    """Nobody waits."""
 
 
-def _in_background(log: str | None) -> None:
-    """Runs the same command as a process of its own, and waits until it is mounted, or says why not."""
-    reader, writer = os.pipe()
-    with open(log or os.devnull, "ab") as target:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "memfaas.cli", *sys.argv[1:], "--ready-fd", str(writer)],
-            stdin=subprocess.DEVNULL,
-            stdout=target,
-            stderr=subprocess.PIPE if log is None else target,
-            pass_fds=(writer,),
-            start_new_session=True,
-        )
-    os.close(writer)
-    with open(reader, "rb") as ready:
-        if ready.readline() == _READY:
-            return
-    said = process.stderr.read().decode(errors="replace").strip() if process.stderr else f"see {log}"
-    status = process.wait()
-    click.echo(said, err=True)
-    click.get_current_context().exit(status or 1)
+def _default_log(folder: Path) -> Path:
+    """Of a mount in the background: named after where it is, so that it can be found."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    place = Path(base).expanduser() / "memfaas"
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    name = "-".join(folder.parts[1:]) or "root"
+    return place / f"mount-{name[-_LONGEST_NAME:]}.log"
 
 
 @click.command()
@@ -143,17 +137,16 @@ def umount(folder: Path, lazy: bool) -> None:
     Example:
         memfaas umount /mnt/scratch
     """
-    from memfaas.fuse.mount import pid_of
-
-    pid = pid_of(folder)
+    if not mounts.is_mounted(folder):
+        raise UsageError(f"{folder} is no mount of memfaas")
+    # Its process is not asked when that may hang.
+    pid = None if lazy else mounts.pid_of(folder)
     try:
         process = None if pid is None else os.pidfd_open(pid)
     except ProcessLookupError:
         process = None
-    done = subprocess.run(
-        ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(folder)], stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        raise UsageError(f"cannot unmount {folder}: {done.stderr.strip()}")
-    if process is not None and not lazy:
-        select.select([process], [], [], _UNMOUNT_S)
+    mounts.unmount(folder, lazy)
+    if process is not None and not select.select([process], [], [], _END_S)[0]:
+        raise DeadlineExceeded(
+            f"{folder} is unmounted, but process {pid} has not ended within {_END_S:.0f} s: it may still have to write"
+        )

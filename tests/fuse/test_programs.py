@@ -1,4 +1,4 @@
-"""Real programs on a mount: git, make, a compiler, tar, SQLite."""
+"""Real programs on a mount: git, make, a compiler, tar, rsync, fio, SQLite."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ all: program
 program: main.o answer.o
 \t$(CC) -o $@ $^
 """
+
+FIO_VERIFIES = ("--verify=crc32c", "--verify_fatal=1", "--verify_backlog=100", "--verify_state_save=0", "--size=6m")
+FIO_JOBS = {
+    "small": ("rw=randwrite", "bs=4k"),
+    "odd": ("rw=randrw", "bsrange=512-72k", "blockalign=512"),
+    "large": ("rw=write", "bs=1m", "fsync=2"),
+    "mapped": ("rw=randwrite", "bs=4k", "ioengine=mmap", "direct=0"),
+    "again": ("rw=randwrite", "bs=16k", "loops=3", "fdatasync=16"),
+}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -61,8 +70,9 @@ def test_a_project_is_cloned_built_and_changed(mounted: Mount, tmp_path: Path) -
     assert os.listdir(mounted.folder) == []
 
 
-@pytest.mark.slow
-def test_tar_packs_and_unpacks_what_was_there(mounted: Mount, tmp_path: Path) -> None:
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """One of everything, and some more."""
     tree = tmp_path / "tree"
     (tree / "a" / "b").mkdir(parents=True)
     for number in range(300):
@@ -72,9 +82,15 @@ def test_tar_packs_and_unpacks_what_was_there(mounted: Mount, tmp_path: Path) ->
     os.link(tree / "a" / "f3", tree / "hard")
     os.mkfifo(tree / "fifo")
     os.setxattr(tree / "hard", "user.kind", b"x")
+    os.utime(tree / "a" / "f4", ns=(1, 999_999_999_999_999_999))
     with (tree / "sparse").open("wb") as file:
         file.seek(10 << 20)
         file.write(b"end")
+    return tree
+
+
+@pytest.mark.slow
+def test_tar_packs_and_unpacks_what_was_there(mounted: Mount, tree: Path, tmp_path: Path) -> None:
     flags = ["--xattrs", "--sparse"]
     run("tar", "cf", mounted / "all.tar", *flags, "-C", tree, ".", cwd=tmp_path)
     (mounted / "tree").mkdir()
@@ -83,6 +99,40 @@ def test_tar_packs_and_unpacks_what_was_there(mounted: Mount, tmp_path: Path) ->
     run("diff", "-r", "--no-dereference", "--exclude=fifo", tree, mounted / "tree", cwd=tmp_path)
     assert os.getxattr(mounted / "tree" / "hard", "user.kind") == b"x"
     assert (mounted / "tree" / "hard").stat().st_nlink == 2
+
+
+@pytest.mark.slow
+def test_rsync_brings_a_tree_there_and_back(mounted: Mount, tree: Path, tmp_path: Path) -> None:
+    there, back = mounted / "there", tmp_path / "back"
+
+    def sync(source: Path, target: Path, *flags: str) -> list[str]:
+        everything = ("rsync", "--archive", "--hard-links", "--xattrs", "--sparse", "--itemize-changes", "--delete")
+        return run(*everything, *flags, f"{source}/", f"{target}/", cwd=tmp_path).splitlines()
+
+    assert len(sync(tree, there)) > 300
+    assert sync(tree, there, "--checksum") == []
+    (tree / "a" / "f299").write_bytes(b"shorter")
+    (tree / "a" / "f298").unlink()
+    with (tree / "a" / "f297").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"other bytes")
+    changed = sync(tree, there, "--no-whole-file", "--inplace", "--no-sparse")
+    assert {line.split()[1] for line in changed} == {"a/", "a/f297", "a/f298", "a/f299"}
+    sync(there, back)
+    assert sync(tree, back, "--checksum", "--dry-run") == []
+    run("diff", "-r", "--no-dereference", "--exclude=fifo", tree, back, cwd=tmp_path)
+    assert (back / "a" / "f4").stat().st_mtime_ns == 999_999_999_999_999_999
+    assert (there / "sparse").stat().st_size == (10 << 20) + 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direct", [0, 1])
+def test_fio_finds_what_it_wrote(mounted: Mount, direct: int) -> None:
+    jobs: list[str | Path] = []
+    for name, settings in FIO_JOBS.items():
+        jobs += [f"--name={name}", *(f"--{setting}" for setting in settings)]
+    run("fio", f"--direct={direct}", f"--directory={mounted.folder}", *FIO_VERIFIES, *jobs, cwd=mounted.folder)
+    assert {path.name for path in mounted.folder.iterdir()} == {f"{name}.0.0" for name in FIO_JOBS}
 
 
 @pytest.mark.slow

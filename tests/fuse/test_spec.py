@@ -15,6 +15,8 @@ from fsspec.tests.abstract import (
     AbstractCopyTests,
     AbstractFixtures,
     AbstractGetTests,
+    AbstractOpenTests,
+    AbstractPipeTests,
     AbstractPutTests,
 )
 
@@ -61,6 +63,14 @@ class TestCopy(AbstractCopyTests, Fixtures):  # type: ignore[misc]
 
 @pytest.mark.slow
 class TestGet(AbstractGetTests, Fixtures):  # type: ignore[misc]
+    pass
+
+
+class TestOpen(AbstractOpenTests, Fixtures):  # type: ignore[misc]
+    pass
+
+
+class TestPipe(AbstractPipeTests, Fixtures):  # type: ignore[misc]
     pass
 
 
