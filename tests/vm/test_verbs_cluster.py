@@ -128,15 +128,16 @@ def test_a_killed_function_is_replaced_and_nothing_is_lost(cluster: LocalCluster
 @pytest.fixture
 def crew(cluster: LocalCluster, tmp_path: Path) -> Iterator[Crew]:
     with memfaas.connect(cluster.address) as session:
-        session.store("crew", size=48 * MIB, persistent=True)
-        with Crew(cluster.address, tmp_path, store="crew", fabrics=("shm", "tcp", "verbs")) as crew:
-            crew.join("shm", threads=1)
-            crew.join("tcp", threads=1)
-            crew.join("verbs")
-            crew.join("verbs", threads=1)
-            crew.goes_on()
-            yield crew
-        session.delete_store("crew")
+        store = session.store("s")
+        for key in list(store.keys()):  # to whose history that of another crew does not belong
+            store.delete(key)
+    with Crew(cluster.address, tmp_path, fabrics=("shm", "tcp", "verbs")) as crew:
+        crew.join("shm", threads=1)
+        crew.join("tcp", threads=1)
+        crew.join("verbs")
+        crew.join("verbs", threads=1)
+        crew.goes_on()
+        yield crew
 
 
 def move(cluster: LocalCluster, session: memfaas.Session, donor: str, crew: Crew) -> None:
