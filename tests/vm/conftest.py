@@ -1,7 +1,7 @@
 """Runs the tests that are marked `vm` inside a virtual machine, and shows their results here by name.
 
-All that ask for the same machine and are selected run in one boot of it, when the first test of any machine is due; two
-machines run at a time. Inside, pytest runs them as ordinary tests, with this file writing down what became of each.
+All that ask for the same machine and are selected run in one boot of it, when the first of them is
+due. Inside, pytest runs them as ordinary tests, with this file writing down what became of each.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,6 @@ _TEST_S = 200.0
 _OPERATION_S = 60.0
 """For operations of sessions that say nothing else: all is slower when it is emulated."""
 _LAST_LINES = 60
-_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)  # other plugins take all tests for functions, and see to that these are good ones
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _INSIDE not in os.environ:
-        runs: dict[_Machine, Future[_Run]] = {}
+        runs: dict[_Machine, _Run] = {}
         items[:] = [
             _Inside.from_parent(item.parent, name=item.name, original=item, runs=runs)
             if item.parent is not None and item.get_closest_marker("vm")
@@ -84,7 +82,7 @@ class _FailedInside(Exception):
 class _Inside(pytest.Item):
     """A test that runs in the machine. Its fixtures are there, not here."""
 
-    def __init__(self, original: pytest.Item, runs: dict[_Machine, Future[_Run]], **of_all: Any) -> None:
+    def __init__(self, original: pytest.Item, runs: dict[_Machine, _Run], **of_all: Any) -> None:
         super().__init__(**of_all)
         self._original = original
         self._runs = runs
@@ -97,25 +95,16 @@ class _Inside(pytest.Item):
     def runtest(self) -> None:
         if reason := machine.missing():
             pytest.skip(reason)
-        if not self._runs:
-            self._run_all()
-        faulthandler.cancel_dump_traceback_later()  # pytest need not say where it waits meanwhile
-        result = self._runs[self.machine].result().result(self.nodeid)
+        if self.machine not in self._runs:
+            ours = [one for one in self.session.items if isinstance(one, _Inside) and one.machine == self.machine]
+            tests = [one.nodeid for one in ours]
+            faulthandler.cancel_dump_traceback_later()  # nor need pytest say where it waits meanwhile
+            self._runs[self.machine] = _Run(self.config.rootpath, self.machine, tests)
+        result = self._runs[self.machine].result(self.nodeid)
         if result.failures:
             raise _FailedInside("\n".join(result.failures))
         if result.skipped is not None:
             pytest.skip(result.skipped)
-
-    def _run_all(self) -> None:
-        """Each emulates two processors, but its tests keep hardly more than one of ours busy."""
-        tests: dict[_Machine, list[str]] = {}
-        for item in self.session.items:
-            if isinstance(item, _Inside):
-                tests.setdefault(item.machine, []).append(item.nodeid)
-        pool = ThreadPoolExecutor(_AT_ONCE)
-        for wanted, names in tests.items():
-            self._runs[wanted] = pool.submit(_Run, self.config.rootpath, wanted, names)
-        pool.shutdown(wait=False)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, _FailedInside):
