@@ -37,7 +37,7 @@ def test_what_is_wrong_is_said(cluster: LocalCluster, store: Store) -> None:
     found = check(cluster, store.name)
     assert found.exit_code == 1
     assert f"b'f' in directory 1 leads to inode {ino}: not there" in found.output
-    assert f"a chunk of inode {ino}, which is not there" in found.output
+    assert f"data of inode {ino}, which is not there" in found.output
     assert found.output.endswith("2 things are wrong\n")
     found = check(cluster, store.name, "--json")
     assert found.exit_code == 1
