@@ -128,7 +128,7 @@ def _default_log(folder: Path) -> Path:
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=Path)  # click's own looks whether it is there, and hangs as what is mounted may
 @click.option("--lazy", is_flag=True, help="Also while files are open: it is gone when the last one is closed.")
 def umount(folder: Path, lazy: bool) -> None:
     """Unmount FOLDER, and wait until everything that was written is in the store.

@@ -9,15 +9,21 @@ import subprocess
 import pytest
 from rich.console import Console
 
+from memfaas.bench.fs import run
 from memfaas.bench.fs.bars import BARS, FLOOR, LISTED, PUBLISHED, SHM, TCP, FsResult, System, judge
 from memfaas.bench.fs.report import show
 from memfaas.bench.fs.run import JOBS, NAMES, SYSTEMS, measure
 from memfaas.bench.result import this_machine
+from memfaas.units import MIB
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_every_system_is_measured_and_leaves_nothing_behind(system: str, fuse_device: None) -> None:
+def test_every_system_is_measured_and_leaves_nothing_behind(
+    system: str, fuse_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, small in {"_FILE": 8 * MIB, "_STORE": 48 * MIB, "_NAMES": 50}.items():
+        monkeypatch.setattr(run, name, small)
     before = subprocess.run(["mount"], capture_output=True, text=True, check=True).stdout
     shared = set(os.listdir("/dev/shm"))
     measured = measure(system, 0.2, 100)
