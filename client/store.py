@@ -274,6 +274,17 @@ class Store(StoreCore):
         links = [self._get_link(shard) for shard in range(self.spec.shards) if self.keepers[shard].vacant is None]
         return dict(Counter(link.fabric for link in links if link is not None))
 
+    # --- for file systems (memfaas.fs) -----------------------------------------------------------------
+
+    def _free_bytes(self) -> int:
+        """How much room there is. Asks all shards."""
+        info = self.info()
+        return max(info.size - info.used, 0)
+
+    def _drops(self) -> bool:
+        """Whether what is in it may go when its memory is needed."""
+        return self.spec.on_reclaim == "drop"
+
     # --- the rare paths of the native core ------------------------------------------------------------
 
     def _repair(self, shard: int, reason: int, attempt: int) -> None:

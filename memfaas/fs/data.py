@@ -192,5 +192,4 @@ class Data:
 
     def free_bytes(self) -> int:
         """How much room the store has. Asks all shards."""
-        info = self._store.info()
-        return max(info.size - info.used, 0)
+        return self._store._free_bytes()

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 
 import msgpack
 
-from memfaas.client.store import Store
 from memfaas.errors import LeaseLost, MemfaasError, TransportError, UsageError, ValueCorrupt
 from memfaas.fs.cells import Cell, Cells, Change, KeyValue
 from memfaas.fs.data import Data
@@ -80,10 +79,9 @@ class Volume:
 
         UsageError when the store drops what is in it (on_reclaim="drop"); EUCLEAN when something else is in it.
         """
-        if isinstance(store, Store) and store.spec.on_reclaim == "drop":
+        if store._drops():
             raise UsageError(
-                f"store {store.spec.name!r} drops values when their memory is needed (on_reclaim='drop'): "
-                "it cannot hold a file system"
+                "a store that drops values when their memory is needed (on_reclaim='drop') cannot hold a file system"
             )
         self.cells = Cells(store)
         self._store = store
