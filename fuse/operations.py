@@ -30,9 +30,9 @@ from memfaas.fs.errors import errno_of, fail
 from memfaas.fs.files import OpenFile
 from memfaas.fs.records import NAME_MAX, Inode
 from memfaas.fs.volume import Attributes, Volume
+from memfaas.mounts import PID_XATTR
 
-PID_XATTR = b"memfaas.pid"
-"""Of the root: which process serves the mount."""
+_PID_XATTR = PID_XATTR.encode()
 _CAPABILITY = b"security.capability"
 _KNOWN = 1 << 16
 _LISTED_AT_ONCE = 64
@@ -314,7 +314,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
 
     @_handler
     def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:
-        if name == PID_XATTR and inode == pyfuse3.ROOT_INODE:
+        if name == _PID_XATTR and inode == pyfuse3.ROOT_INODE:
             return str(os.getpid()).encode()
         value = self._volume.xattrs(inode).get(name)
         if value is None:
@@ -485,5 +485,5 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
 def _check_xattr(name: bytes) -> None:
     if len(name) > NAME_MAX:
         raise fail(errno.ERANGE)
-    if name.startswith(b"system.") or name == PID_XATTR:
+    if name.startswith(b"system.") or name == _PID_XATTR:
         raise fail(errno.EOPNOTSUPP)

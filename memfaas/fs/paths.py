@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import io
+import logging
 import os
 import stat
 import threading
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _LINKS_MAX = 40
 
+log = logging.getLogger(__name__)
+
 
 def _encoded(path: str | bytes) -> bytes:
     return os.fsencode(path)
@@ -53,7 +56,7 @@ class FileSystem:
         self._volume = Volume(store, chunk=chunk, cache_s=0.0)
         self._after_fork()
         self._start()
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
         _all.add(self)
 
     def _start(self) -> None:
@@ -84,13 +87,19 @@ class FileSystem:
         """Writes what waits. Closing twice does nothing."""
         if not self._ended.is_set():
             self._ended.set()
-            atexit.unregister(self.close)
+            atexit.unregister(self._close_at_exit)
             if os.getpid() != self._owner:
                 return
             self._pulse.close()
             self._ticker.join()
             with self._errors() as volume:
                 volume.close()
+
+    def _close_at_exit(self) -> None:
+        try:
+            self.close()
+        except (OSError, MemfaasError) as error:
+            log.error("not all that was written last to files is in the store: %s", error)
 
     def __enter__(self) -> FileSystem:
         return self

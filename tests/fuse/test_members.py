@@ -7,6 +7,8 @@ import fcntl
 import os
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from memfaas.client.local import LocalCluster
 from memfaas.client.session import Session
 from memfaas.client.store import Store
 from memfaas.errors import DeadlineExceeded, UsageError, ValueLost
@@ -366,6 +369,21 @@ def test_a_store_that_drops_values_holds_no_files(session: Session) -> None:
         assert cache.keys() == []
     finally:
         session.delete_store("a-cache")
+
+
+def test_a_program_that_ends_after_its_store_says_what_that_means_in_one_line(cluster: LocalCluster) -> None:
+    code = f"""
+import memfaas
+from memfaas.fs import FileSystem
+session = memfaas.connect({cluster.address!r})
+files = FileSystem(session.store("gone", size="4MiB"))
+files.open("/f", "wb").write(b"waits")
+session.delete_store("gone")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "not all that was written last to files is in the store" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- fork -----------------------------------------------------------------------------------------------------------
