@@ -179,6 +179,9 @@ class Extra:
         if self._volume.locks.holds(ino, kind, owner):
             try:
                 self._volume.flush_under_lock(ino)
+            except BaseException:  # it would be stored later, over what the next holder writes
+                self._volume.files.lose(ino)
+                raise
             finally:  # others must not wait for who cannot write
                 self._volume.locks.give(ino, kind, owner, start=start, end=end)
 

@@ -138,7 +138,10 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         moves: then there is room as soon as it has."""
         deadline = time.monotonic() + _MOVING_S
         while True:
-            self._volume.free()
+            try:
+                self._volume.free()
+            except (OSError, MemfaasError) as error:
+                log.info("what was deleted is not free yet: %s", error)
             try:
                 return call()
             except CapacityError:

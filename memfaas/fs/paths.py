@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from memfaas.fs.files import OpenFile
 
 _LINKS_MAX = 40
+_TRIES = 100
+"""To find or make a file that others make and delete meanwhile, through links."""
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +260,7 @@ class FileSystem:
     def _found_or_made(self, path: str | bytes, mode: str, permissions: int) -> tuple[int, Inode]:
         if "r" in mode:
             return self._walk(_encoded(path), True)
-        while True:
+        for _ in range(_TRIES):
             if "x" not in mode:
                 try:
                     return self._walk(_encoded(path), True)
@@ -270,6 +272,13 @@ class FileSystem:
             except FileExistsError:
                 if "x" in mode:
                     raise
+                path = self._made_there(path)
+        raise fail(errno.ELOOP)
+
+    def _made_there(self, path: str | bytes) -> str | bytes:
+        """Where a file is to be made: what a link leads to, when that is not there."""
+        found = self._walk(_encoded(path), False)[1]
+        return os.path.join(os.path.dirname(_encoded(path)), found.target) if stat.S_ISLNK(found.mode) else path
 
     def read_bytes(self, path: str | bytes, start: int = 0, end: int | None = None) -> bytes:
         """All of a file, or a part of it."""
@@ -283,8 +292,10 @@ class FileSystem:
                 volume.files.close(file)
 
     def write_bytes(self, path: str | bytes, data: Buffer) -> None:
-        with self._open(path, "wb") as file:
-            file.write(data)
+        with self._open(path, "wb") as file, memoryview(data).cast("B") as left:
+            done = 0
+            while done < len(left):  # it is shorter when the room ends amid it; then the next one says so
+                done += file.write(left[done:])
 
 
 class _RawFile(io.RawIOBase):

@@ -530,3 +530,26 @@ def test_room_is_asked_for_before_a_file_becomes_larger(few: Volume, store: Stor
     assert chunks(store) == []
     few.files.write(file, 0, b"x" * (40 << 20))
     reserve(file, 0, 45 << 20, keep_size=False)  # the most of it is there
+
+
+# --- whole files, by a program ----------------------------------------------------------------------------------------
+
+
+def test_a_file_for_which_the_room_ends_is_not_said_to_be_written(full: Full) -> None:
+    with FileSystem(full) as files:
+        files.write_bytes("/f", b"before")
+        full.room = 2
+        fails(errno.ENOSPC, files.write_bytes, "/f", bytes(4 * files.chunk))
+        full.room = 1 << 30
+
+
+def test_what_a_link_leads_to_is_made(files: FileSystem) -> None:
+    files.mkdir("/d")
+    files.symlink("e/there", "/d/link")
+    with pytest.raises(FileNotFoundError):
+        files.write_bytes("/d/link", b"x")
+    files.mkdir("/d/e")
+    files.write_bytes("/d/link", b"x")
+    assert files.read_bytes("/d/e/there") == b"x"
+    files.symlink("/round", "/round")
+    fails(errno.ELOOP, files.write_bytes, "/round", b"x")

@@ -143,6 +143,23 @@ def test_a_lock_is_given_back_though_what_was_written_cannot_be(
     assert not is_locked(volume, ino, kind)
 
 
+def test_what_could_not_be_stored_under_a_lock_is_not_stored_after_it(
+    extra: Extra, volume: Volume, ino: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = volume.files.open(ino)
+    assert take(extra, FLOCK, ino).replies == [0]
+    volume.files.write(file, 0, b"under the lock")
+    with monkeypatch.context() as patched:
+        patched.setattr(volume.files, "flush_inode", fails)
+        request: Any = Request(ino, 7, fcntl.LOCK_UN)
+        extra.set_flock(request)
+    assert request.replies == [errno.EIO]
+    with pytest.raises(OSError, match="Input/output"):
+        volume.files.flush(file)
+    volume.tick()
+    assert volume.inode(ino).size == 0
+
+
 @pytest.mark.parametrize("kind", [FLOCK, POSIX])
 def test_the_end_of_a_program_frees_its_locks_though_what_it_wrote_cannot_be_written(
     extra: Extra, volume: Volume, ino: int, kind: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
