@@ -24,8 +24,7 @@ from memfaas.client import local
 from memfaas.client.local import LocalCluster
 from memfaas.testing import fsck
 from memfaas.units import MIB
-from tests.e2e import moves
-from tests.e2e.scene import idle_functions_of
+from tests.e2e import moves, scene
 from tests.vm import machine
 
 _INSIDE = "TESTS_ARE_IN_VM"
@@ -169,10 +168,10 @@ class _Run:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
     """For tests that leave it with two donors, a broker and no store: to start one takes long here."""
-    local.START_S = 250.0  # it is emulated, with a disk that is far away
+    local.START_S = scene.LIMIT_S = 250.0  # it is emulated, with a disk that is far away
     with LocalCluster(donors=2, memory=160 * MIB) as cluster:
         deadline = time.monotonic() + local.START_S
-        while idle_functions_of(cluster) < 2 * moves.WARM:  # else the first grants may fail: they take too long
+        while scene.idle_functions_of(cluster) < 2 * moves.WARM:  # else the first grants may fail: they take too long
             assert time.monotonic() < deadline
             time.sleep(0.1)
         yield cluster

@@ -20,11 +20,13 @@ from memfaas.errors import TransportError
 from memfaas.units import MIB
 from tests.e2e import moves
 from tests.e2e.crew import Crew
-from tests.e2e.moves import EVERYTHING, PATIENT_S, Asked, operator
+from tests.e2e.moves import EVERYTHING, Asked, operator
 from tests.e2e.scene import functions_of, kill, until
 
 pytestmark = [pytest.mark.vm(cpus=2, memory="2G"), pytest.mark.slow, pytest.mark.timeout(900)]
 
+PATIENT_S = 240.0
+"""A deadline for a reclaim that is to lose nothing, where all is emulated."""
 NOISE = random.Random(6).randbytes(5 * MIB)
 
 
