@@ -276,10 +276,10 @@ class Store(StoreCore):
 
     # --- for file systems (memfaas.fs) -----------------------------------------------------------------
 
-    def _free_bytes(self) -> int:
-        """How much room there is. Asks all shards."""
+    def _room(self) -> tuple[int, int]:
+        """How many bytes there are, and how many of them are free. Asks all shards."""
         info = self.info()
-        return max(info.size - info.used, 0)
+        return info.size, max(info.size - info.used, 0)
 
     def _drops(self) -> bool:
         """Whether what is in it may go when its memory is needed."""

@@ -65,7 +65,7 @@ def serve(options: MountOptions, settings: ClientSettings, ready: Callable[[], N
         volume = Volume(store, cache_s=options.cache_s)
         stack.callback(volume.close)
         stack.enter_context(Pulse(store, volume.members))
-        operations = Operations(volume, lambda: _capacity(store), options.cache_s)
+        operations = Operations(volume, store._room, options.cache_s)
         extra = Extra(operations)
         _extra.install(extra)
         try:
@@ -125,11 +125,6 @@ def _fuse_options(options: MountOptions) -> set[str]:
     if options.allow_other:
         chosen.add("allow_other")
     return chosen
-
-
-def _capacity(store: Store) -> tuple[int, int]:
-    info = store.info()
-    return info.size, max(info.size - info.used, 0)
 
 
 async def _serve(volume: Volume, extra: Extra, options: MountOptions, ready: Callable[[], None]) -> None:

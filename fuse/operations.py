@@ -312,8 +312,7 @@ class Operations(pyfuse3.Operations):  # type: ignore[misc, unused-ignore]
         )
         if fh is not None and wanted.size is not None:
             self._usable(fh)
-        changed = self._volume.set_attributes(inode, wanted)
-        return self._attributes(inode, changed)
+        return self._attributes(inode, self._volume.set_attributes(inode, wanted))
 
     @_handler
     def getxattr(self, inode: int, name: bytes, ctx: Any) -> bytes:

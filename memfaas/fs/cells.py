@@ -56,7 +56,7 @@ class KeyValue(Protocol):
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
     def keys(self) -> list[bytes]: ...
     def fabrics(self) -> dict[str, int]: ...
-    def _free_bytes(self) -> int: ...
+    def _room(self) -> tuple[int, int]: ...
     def _drops(self) -> bool: ...
 
 
@@ -72,10 +72,6 @@ class Change(NamedTuple):
     cell: Cell
     value: bytes | None
     """None: it goes."""
-
-
-class Contended(Exception):
-    """A cell was changed by somebody else meanwhile: read again, and try again."""
 
 
 class Cells:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from memfaas.fs.cells import Cells, KeyValue
 from memfaas.fs.directory import Directories
 from memfaas.fs.presence import Presence
-from memfaas.fs.records import ROOT, Inode, number_of
+from memfaas.fs.records import ROOT, Inode, number_of, numbers_of
 
 
 @dataclass
@@ -34,12 +34,7 @@ def check(store: KeyValue) -> Findings:
         for key in keys
         if key[:1] == b"i" and (value := cells.read(key)) is not None
     }
-    buried = {
-        number_of(value[at : at + 8])
-        for key in keys
-        if key[:1] == b"g" and (value := cells.read(key)) is not None
-        for at in range(0, len(value), 8)
-    }
+    buried = {ino for key in keys if key[:1] == b"g" for ino in numbers_of(cells.read(key))}
     names = _walk(dirs, inodes, findings)
     for ino, inode in inodes.items():
         count = names[ino]

@@ -192,4 +192,4 @@ class Data:
 
     def free_bytes(self) -> int:
         """How much room the store has. Asks all shards."""
-        return self._store._free_bytes()
+        return self._store._room()[1]

@@ -45,6 +45,7 @@ class Ends:
         self._presence = presence
 
     def inode(self, ino: int) -> Inode | None:
+        """As it is in the store."""
         value = self._cells.read(inode_key(ino))
         return None if value is None else Inode.unpack(value)
 

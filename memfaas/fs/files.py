@@ -20,12 +20,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 from memfaas.errors import CapacityError, LeaseLost, MemfaasError, ValueCorrupt
-from memfaas.fs.cells import Cells
 from memfaas.fs.data import Data, Dirty
 from memfaas.fs.ends import Ends, check_tail
 from memfaas.fs.errors import fail
 from memfaas.fs.presence import LOW, Presence, levels, low_bits
-from memfaas.fs.records import FILE_MAX, Inode, drop_privileges, inode_key
+from memfaas.fs.records import FILE_MAX, Inode, drop_privileges
 
 _DIRTY_MAX = 64 << 20
 """Bytes that wait, of all files."""
@@ -77,11 +76,11 @@ class OpenFile:
         """When it was written last, if that is not in the store."""
         self.changed = 0.0
         """Since when something waits."""
+        self.stuck: float | None = None
+        """Since when that is because it can't be stored."""
         self.kept: int | None = None
         """The inode's version of which the one that keeps a copy of the data has it, if somebody does. What is written
         here moves it along; when another mount has changed the file, too, it stays behind for good."""
-        self.stuck: float | None = None
-        """Since when that is because it can't be stored."""
         self.error = 0
         """What the next flush has to say about data that is given up: an errno."""
         self.failures, self.failure = 0, 0
@@ -102,8 +101,7 @@ class OpenFile:
 
 
 class Files:
-    def __init__(self, cells: Cells, data: Data, presence: Presence, ends: Ends, cache_s: float) -> None:
-        self._cells = cells
+    def __init__(self, data: Data, presence: Presence, ends: Ends, cache_s: float) -> None:
         self._data = data
         self._presence = presence
         self._ends = ends
@@ -119,8 +117,7 @@ class Files:
 
     def open(self, ino: int, name: bytes = b"") -> OpenFile:
         """ESTALE when nothing is there any more, or no name leads to it and it is not open here. EISDIR, EINVAL."""
-        value = self._cells.read(inode_key(ino))
-        inode = None if value is None else Inode.unpack(value)
+        inode = self._ends.inode(ino)
         file = self._files.get(ino)
         if inode is None or (inode.nlink == 0 and file is None):
             raise fail(errno.ESTALE, name)
@@ -167,10 +164,10 @@ class Files:
 
     def _check(self, file: OpenFile) -> None:
         if time.monotonic() >= file.checked + self._cache_s:
-            value = self._cells.read(inode_key(file.ino))
-            if value is None:
+            inode = self._ends.inode(file.ino)
+            if inode is None:
                 raise fail(errno.ESTALE, file.name)
-            self.saw(file.ino, Inode.unpack(value))
+            self.saw(file.ino, inode)
 
     # --- reading ----------------------------------------------------------------------------------------
 
@@ -515,9 +512,9 @@ class Files:
     def renewed(self, ino: int) -> OpenFile | None:
         """An open file, with its inode as it is now."""
         file = self._files.get(ino)
-        value = None if file is None else self._cells.read(inode_key(ino))
-        if value is not None:
-            self.saw(ino, Inode.unpack(value))
+        inode = None if file is None else self._ends.inode(ino)
+        if inode is not None:
+            self.saw(ino, inode)
         return file
 
     def _make_room(self) -> None:
@@ -561,10 +558,6 @@ class Files:
             raise first
 
     # --- size and holes -----------------------------------------------------------------------------------
-
-    def set_mtime(self, ino: int, mtime: int) -> None:
-        """Somebody sets the time: what waits must not set another one later."""
-        self.flush_inode(ino)
 
     def truncate(self, ino: int, size: int, now: int) -> None:
         if size > FILE_MAX:

@@ -27,7 +27,7 @@ import msgpack
 
 from memfaas.errors import LeaseLost
 from memfaas.fs.cells import Cell, Cells, Change
-from memfaas.fs.records import MEMBERS, number, number_of
+from memfaas.fs.records import MEMBERS, number, numbers_of
 
 BEAT_S = 2.0
 DEAD_S = 30.0
@@ -42,11 +42,6 @@ def _sign_key(member: bytes) -> bytes:
 
 def _grave_key(member: bytes) -> bytes:
     return b"g" + member
-
-
-def _numbers(data: bytes | None) -> list[int]:
-    data = data or b""
-    return [number_of(data[at : at + 8]) for at in range(0, len(data), 8)]
 
 
 def _members(data: bytes | None) -> list[bytes]:
@@ -207,7 +202,7 @@ class Members:
         gone = set(inodes)
 
         def without(old: bytes | None) -> bytes | None:
-            return b"".join(number(ino) for ino in _numbers(old) if ino not in gone) or None
+            return b"".join(number(ino) for ino in numbers_of(old) if ino not in gone) or None
 
         self._cells.update(_grave_key(self.id), without)
         for ino in gone:
@@ -237,7 +232,7 @@ class Members:
 
     def _sign(self) -> None:
         held = {
-            ino for member in self.others() for ino in _numbers(self._read(_grave_key(member))) if self._is_open(ino)
+            ino for member in self.others() for ino in numbers_of(self._read(_grave_key(member))) if self._is_open(ino)
         }
         started = _now()
         self._beats += 1
@@ -278,7 +273,7 @@ class Members:
             return True
         if not self._cells.commit([Change(grave, None), Change(own, (own.value or b"") + grave.value)]):
             return False
-        for ino in _numbers(grave.value):
+        for ino in numbers_of(grave.value):
             self.buried(ino)
         return True
 
@@ -297,7 +292,7 @@ class Members:
         if self._cells.commit(changes):
             log.warning("a mount of this file system is gone; what it had deleted is freed here")
             self._signs.pop(member, None)
-            for ino in _numbers(grave.value):
+            for ino in numbers_of(grave.value):
                 self.buried(ino)
 
     def leave(self) -> None:

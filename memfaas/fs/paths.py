@@ -37,10 +37,6 @@ _TRIES = 100
 log = logging.getLogger(__name__)
 
 
-def _encoded(path: str | bytes) -> bytes:
-    return os.fsencode(path)
-
-
 class FileSystem:
     """The files of a store, the same that its mounts show. May be used by many threads at once.
 
@@ -130,7 +126,6 @@ class FileSystem:
 
     def _walk(self, path: bytes, follow: bool, start: int = ROOT, links: int = 0) -> tuple[int, Inode]:
         ino = ROOT if path[:1] == b"/" else start
-        parents = [ino]
         parts = [part for part in path.split(b"/") if part not in (b"", b".")]
         inode = self._volume.inode(ino)
         for at, part in enumerate(parts):
@@ -144,12 +139,11 @@ class FileSystem:
                 if links >= _LINKS_MAX:
                     raise fail(errno.ELOOP)
                 ino, inode = self._walk(inode.target, True, parent, links + 1)
-            parents.append(ino)
         return ino, inode
 
     def _above(self, path: str | bytes) -> tuple[int, bytes]:
         """The directory that a path's last part is in."""
-        whole = _encoded(path).rstrip(b"/")
+        whole = os.fsencode(path).rstrip(b"/")
         above, _, name = whole.rpartition(b"/")
         if not name:
             raise fail(errno.EBUSY)
@@ -157,7 +151,7 @@ class FileSystem:
 
     def stat(self, path: str | bytes, *, follow: bool = True) -> Inode:
         with self._errors(path):
-            return self._walk(_encoded(path), follow)[1]
+            return self._walk(os.fsencode(path), follow)[1]
 
     def exists(self, path: str | bytes) -> bool:
         try:
@@ -169,14 +163,14 @@ class FileSystem:
     def scan(self, path: str | bytes) -> list[tuple[Entry, Inode]]:
         """The entries of a directory, in no order."""
         with self._errors(path) as volume:
-            ino, _ = self._walk(_encoded(path), True)
+            ino, _ = self._walk(os.fsencode(path), True)
             entries = volume.entries(ino)
             inodes = volume.inodes(entries)
             return [(entry, inode) for entry, inode in zip(entries, inodes, strict=True) if inode is not None]
 
     def list(self, path: str | bytes) -> list[str]:
         with self._errors(path) as volume:
-            return [os.fsdecode(entry.name) for entry in volume.entries(self._walk(_encoded(path), True)[0])]
+            return [os.fsdecode(entry.name) for entry in volume.entries(self._walk(os.fsencode(path), True)[0])]
 
     # --- changes ------------------------------------------------------------------------------------------
 
@@ -185,7 +179,7 @@ class FileSystem:
             if not parents:
                 self._mkdir(path, mode)
                 return
-            parts = [part for part in _encoded(path).split(b"/") if part]
+            parts = [part for part in os.fsencode(path).split(b"/") if part]
             for count in range(1, len(parts) + 1):
                 try:
                     self._mkdir(b"/" + b"/".join(parts[:count]), mode)
@@ -211,12 +205,12 @@ class FileSystem:
 
     def link(self, path: str | bytes, to: str | bytes) -> None:
         with self._errors(to) as volume:
-            volume.link(self._walk(_encoded(path), False)[0], *self._above(to))
+            volume.link(self._walk(os.fsencode(path), False)[0], *self._above(to))
 
     def symlink(self, target: str | bytes, path: str | bytes) -> None:
         with self._errors(path) as volume:
             parent, name = self._above(path)
-            volume.make(parent, name, stat.S_IFLNK | 0o777, os.getuid(), os.getgid(), target=_encoded(target))
+            volume.make(parent, name, stat.S_IFLNK | 0o777, os.getuid(), os.getgid(), target=os.fsencode(target))
 
     def readlink(self, path: str | bytes) -> str:
         inode = self.stat(path, follow=False)
@@ -226,7 +220,7 @@ class FileSystem:
 
     def set_attributes(self, path: str | bytes, wanted: Attributes) -> None:
         with self._errors(path) as volume:
-            volume.set_attributes(self._walk(_encoded(path), True)[0], wanted)
+            volume.set_attributes(self._walk(os.fsencode(path), True)[0], wanted)
 
     def truncate(self, path: str | bytes, size: int) -> None:
         self.set_attributes(path, Attributes(size=size))
@@ -252,18 +246,18 @@ class FileSystem:
             ino, inode = self._found_or_made(path, mode, permissions)
             if inode.is_dir:
                 raise fail(errno.EISDIR)
-            file = volume.files.open(ino, _encoded(path))
+            file = volume.files.open(ino, os.fsencode(path))
             if "w" in mode and file.size:
                 volume.files.truncate(ino, 0, time.time_ns())
         return _RawFile(self, file, mode)
 
     def _found_or_made(self, path: str | bytes, mode: str, permissions: int) -> tuple[int, Inode]:
         if "r" in mode:
-            return self._walk(_encoded(path), True)
+            return self._walk(os.fsencode(path), True)
         for _ in range(_TRIES):
             if "x" not in mode:
                 try:
-                    return self._walk(_encoded(path), True)
+                    return self._walk(os.fsencode(path), True)
                 except FileNotFoundError:
                     pass
             try:
@@ -277,14 +271,14 @@ class FileSystem:
 
     def _made_there(self, path: str | bytes) -> str | bytes:
         """Where a file is to be made: what a link leads to, when that is not there."""
-        found = self._walk(_encoded(path), False)[1]
-        return os.path.join(os.path.dirname(_encoded(path)), found.target) if stat.S_ISLNK(found.mode) else path
+        found = self._walk(os.fsencode(path), False)[1]
+        return os.path.join(os.path.dirname(os.fsencode(path)), found.target) if stat.S_ISLNK(found.mode) else path
 
     def read_bytes(self, path: str | bytes, start: int = 0, end: int | None = None) -> bytes:
         """All of a file, or a part of it."""
         with self._errors(path) as volume:
-            ino, _ = self._walk(_encoded(path), True)
-            file = volume.files.open(ino, _encoded(path))
+            ino, _ = self._walk(os.fsencode(path), True)
+            file = volume.files.open(ino, os.fsencode(path))
             try:
                 stop = file.size if end is None else min(end, file.size)
                 return bytes(volume.files.read(file, start, max(stop - start, 0)))

@@ -52,6 +52,12 @@ def number_of(data: bytes) -> int:
     return int(_NUMBER.unpack(data)[0])
 
 
+def numbers_of(data: bytes | None) -> list[int]:
+    """What `number` made, one behind the other."""
+    data = data or b""
+    return [number_of(data[at : at + 8]) for at in range(0, len(data), 8)]
+
+
 def inode_key(ino: int) -> bytes:
     return b"i" + _NUMBER.pack(ino)
 

@@ -90,7 +90,7 @@ class Volume:
         self.data = Data(store, self.cells, self.superblock.chunk)
         self.presence = Presence(self.cells, lambda: self.members.alone())
         self.ends = Ends(self.cells, self.data, self.presence)
-        self.files = Files(self.cells, self.data, self.presence, self.ends, cache_s)
+        self.files = Files(self.data, self.presence, self.ends, cache_s)
         self.members = Members(self.cells, self.files.is_open, self._taken_for_dead)
         self.locks = Locks(self.cells, self.members)
         self._numbers: Iterator[int] = iter(())
@@ -191,10 +191,10 @@ class Volume:
 
     def inode(self, ino: int) -> Inode:
         """As it is, with what was written here and is not yet in the store. ESTALE when it is gone."""
-        value = self.cells.read(inode_key(ino))
-        if value is None:
+        inode = self.ends.inode(ino)
+        if inode is None:
             raise fail(errno.ESTALE)
-        return self.files.overlay(ino, Inode.unpack(value))
+        return self.files.overlay(ino, inode)
 
     def inodes(self, entries: list[Entry]) -> list[Inode | None]:
         """Those of the entries of a directory. None: deleted meanwhile. What is lost is as `lost_inode` says."""
@@ -209,11 +209,11 @@ class Volume:
 
     def _inode_or_lost(self, entry: Entry) -> Inode | None:
         try:
-            value = self.cells.read(inode_key(entry.ino))
+            inode = self.ends.inode(entry.ino)
         except _LOST as error:
             self._say_lost(entry.ino, entry.name, error)
             return lost_inode(entry.type)
-        return None if value is None else self.files.overlay(entry.ino, Inode.unpack(value))
+        return None if inode is None else self.files.overlay(entry.ino, inode)
 
     def _say_lost(self, ino: int, name: bytes, error: MemfaasError) -> None:
         if ino not in self._said:
@@ -236,20 +236,7 @@ class Volume:
 
     def change(self, ino: int, change: Callable[[Inode], None]) -> Inode:
         """Changes an inode in place, whatever others do to it meanwhile. ESTALE."""
-        inode: Inode | None = None
-
-        def apply(old: bytes | None) -> bytes:
-            nonlocal inode
-            if old is None:
-                raise fail(errno.ESTALE)
-            inode = Inode.unpack(old)
-            change(inode)
-            return inode.pack()
-
-        self.cells.update(inode_key(ino), apply)
-        assert inode is not None
-        self.files.saw(ino, inode)
-        return self.files.overlay(ino, inode)
+        return self.files.overlay(ino, self.ends.change(ino, change))
 
     def set_attributes(self, ino: int, wanted: Attributes) -> Inode:
         """As chmod, chown, truncate and utimens do; the kernel has checked who may."""
@@ -271,7 +258,7 @@ class Volume:
             inode.ctime = now
 
         if wanted.mtime is not None:
-            self.files.set_mtime(ino, wanted.mtime)
+            self.files.flush_inode(ino)  # what waits must not set another one later
         if replace(wanted, size=None) == Attributes():
             return self.inode(ino)
         return self.change(ino, apply)
@@ -328,10 +315,9 @@ class Volume:
             raise
 
     def _check_dir(self, ino: int) -> Inode:
-        value = self.cells.read(inode_key(ino))
-        if value is None:
+        inode = self.ends.inode(ino)
+        if inode is None:
             raise fail(errno.ENOENT)
-        inode = Inode.unpack(value)
         if not inode.is_dir:
             raise fail(errno.ENOTDIR)
         return inode
@@ -619,18 +605,14 @@ class Volume:
         value = self.cells.read(xattr_key(ino))
         return {} if value is None else msgpack.unpackb(value)
 
-    def set_xattr(
-        self, ino: int, name: bytes, value: bytes | None, *, create: bool = False, replace: bool = False
-    ) -> None:
-        """None removes it. EEXIST, ENODATA, ENOSPC."""
+    def set_xattr(self, ino: int, name: bytes, value: bytes | None) -> None:
+        """None removes it. ENODATA, ENOSPC."""
         while True:
             cell, inode_cell = self.cells.load(xattr_key(ino)), self.cells.load(inode_key(ino))
             if inode_cell.value is None:
                 raise fail(errno.ESTALE)
             xattrs: dict[bytes, bytes] = {} if cell.value is None else msgpack.unpackb(cell.value)
-            if create and name in xattrs:
-                raise fail(errno.EEXIST)
-            if (replace or value is None) and name not in xattrs:
+            if value is None and name not in xattrs:
                 raise fail(errno.ENODATA)
             if value is None:
                 del xattrs[name]

@@ -23,7 +23,7 @@
 #define STACK (256u << 10)
 #define END_BYTES (MF_END_MESSAGES + MF_LANDING)
 #define LOOK_MS 1000 /* at reservations whose client may have stalled */
-#define ENDS 256u    /* at once: each pins END_BYTES of this process, which count as nobody's */
+#define ENDS 256u    /* at once: each of a shard pins END_BYTES of this process, which count as nobody's */
 #define GIVE_WAY_NS 5000000ll /* to those who come and go, who may never cease */
 #define LONG_NS 1000000000ll
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -172,42 +173,43 @@ def test_an_append_for_which_the_room_ends_is_there_in_part(full: Full, store: S
     assert read(Volume(store), ino) == b"x" * (2 * CHUNK)
 
 
+@dataclass
+class Refused:
+    """An append of ours that found no room, and another mount that has appended meanwhile."""
+
+    full: Full
+    store: Store
+
+    def __post_init__(self) -> None:
+        self._volume, self.other = Volume(self.full), Volume(self.store)
+        self.ino = make(self._volume, b"f")
+        self._file, self.theirs = opened(self._volume, self.ino), opened(self.other, self.ino)
+
+        def before(name: str, key: bytes) -> None:
+            if name == "_save_if" and key[:1] == b"c":
+                self.other.files.append(self.theirs, b"theirs")
+                raise StoreFull("no room")
+
+        self.full._before = before
+        with pytest.raises(CapacityError):
+            self._volume.files.append(self._file, b"ours")
+
+    def try_again(self) -> bytes:
+        """What is in the file then."""
+        self.full._before = self.full._count
+        self._volume.files.append(self._file, b"ours")
+        return read(Volume(self.store), self.ino)
+
+
 def test_an_append_that_is_tried_again_keeps_its_place_before_that_of_another_mount(full: Full, store: Store) -> None:
-    volume, other = Volume(full), Volume(store)
-    ino = make(volume, b"f")
-    file, theirs = opened(volume, ino), opened(other, ino)
-
-    def before(name: str, key: bytes) -> None:
-        if name == "_save_if" and key[:1] == b"c":
-            other.files.append(theirs, b"theirs")
-            raise StoreFull("no room")
-
-    full._before = before
-    with pytest.raises(CapacityError):
-        volume.files.append(file, b"ours")
-    full._before = full._count
-    volume.files.append(file, b"ours")
-    assert read(Volume(store), ino) == b"ourstheirs"
+    assert Refused(full, store).try_again() == b"ourstheirs"
 
 
 def test_an_append_that_is_tried_again_writes_over_nothing_when_the_file_was_cut(full: Full, store: Store) -> None:
-    volume, other = Volume(full), Volume(store)
-    ino = make(volume, b"f")
-    file, theirs = opened(volume, ino), opened(other, ino)
-
-    def before(name: str, key: bytes) -> None:
-        if name == "_save_if" and key[:1] == b"c":
-            other.files.append(theirs, b"theirs")
-            raise StoreFull("no room")
-
-    full._before = before
-    with pytest.raises(CapacityError):
-        volume.files.append(file, b"ours")
-    other.files.truncate(ino, 0, 0)
-    other.files.append(theirs, b"theirs")
-    full._before = full._count
-    volume.files.append(file, b"ours")
-    assert read(Volume(store), ino) == b"theirsours"
+    refused = Refused(full, store)
+    refused.other.files.truncate(refused.ino, 0, 0)
+    refused.other.files.append(refused.theirs, b"theirs")
+    assert refused.try_again() == b"theirsours"
 
 
 def test_a_write_for_which_there_is_no_room_leaves_the_size(full: Full, store: Store) -> None:

@@ -27,6 +27,7 @@ from memfaas.fs.locks import FLOCK, POSIX
 from memfaas.fs.pulse import Pulse
 from memfaas.fs.records import ROOT, inode_key
 from memfaas.fs.volume import Volume
+from tests.client.test_session import in_child
 from tests.fuse.conftest import Mount, Mounter, eventually
 from tests.fuse.test_volume import fails, listed, make
 
@@ -79,10 +80,9 @@ def test_a_sign_of_life_does_not_say_that_an_operation_has_ended(store: Store) -
     """It does so for deleted files: one that is being opened could be freed."""
     one, two = Volume(store), Volume(store)
     ino = bury(one, b"f")
-    with Pulse(store, two.members):
-        for _ in range(3):
-            one.tick()
-            two.members.pulse(two.cells)
+    for _ in range(3):
+        one.tick()
+        two.members.pulse(two.cells)
     assert one.inode(ino).nlink == 0, "two has not said that it has it not open"
     for _ in range(3):
         two.tick()
@@ -387,18 +387,6 @@ session.delete_store("gone")
 
 
 # --- fork -----------------------------------------------------------------------------------------------------------
-
-
-def in_child(work: Callable[[], object]) -> None:
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

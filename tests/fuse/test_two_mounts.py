@@ -51,7 +51,7 @@ def test_a_file_that_is_replaced_is_seen_at_once(usual: tuple[Mount, Mount]) -> 
         assert (two / "f").read_text() == str(number)
 
 
-def test_mapped_and_kept_data_is_not_shown_when_it_is_old(usual: tuple[Mount, Mount]) -> None:
+def test_kept_data_is_not_shown_when_it_is_old(usual: tuple[Mount, Mount]) -> None:
     one, two = usual
     (one / "f").write_bytes(bytes(1 << 20))
     assert (two / "f").read_bytes() == bytes(1 << 20)  # two's kernel has it now

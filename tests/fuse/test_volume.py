@@ -276,15 +276,21 @@ def test_a_rename_within_a_leaf_sees_what_another_has_just_made(volume: Volume, 
     assert listed(volume) == [b"a", b"newer"]
 
 
-def test_a_large_directory_is_taken_away_although_others_work_in_it(store: Store, volume: Volume) -> None:
-    """It is empty most of the time, and never unchanged for as long as all of it takes."""
-    other = Volume(store)
+def once_large(volume: Volume, count: int) -> int:
+    """An empty directory that had so many names."""
     parent = make(volume, b"d", DIR)
-    names = [b"%0200d" % number for number in range(600)]
+    names = [b"%0200d" % number for number in range(count)]
     for name in names:
         make(volume, name, parent=parent)
     for name in names:
         volume.unlink(parent, name)
+    return parent
+
+
+def test_a_large_directory_is_taken_away_although_others_work_in_it(store: Store, volume: Volume) -> None:
+    """It is empty most of the time, and never unchanged for as long as all of it takes."""
+    other = Volume(store)
+    parent = once_large(volume, 600)
     load, count = volume.cells.load, 0
 
     def load_and_wait(key: bytes) -> Cell:
@@ -311,12 +317,7 @@ def test_a_large_directory_is_taken_away_although_others_work_in_it(store: Store
 def test_who_remembers_how_a_directory_was_finds_its_way_when_it_changed(store: Store, volume: Volume) -> None:
     """Its branches become leaves again when another mount wants to take it away, and then they are used again."""
     other = Volume(store)
-    parent = make(volume, b"d", DIR)
-    names = [b"%0200d" % number for number in range(200)]
-    for name in names:
-        make(volume, name, parent=parent)
-    for name in names:
-        volume.unlink(parent, name)
+    parent = once_large(volume, 200)
     other.dirs.removal(parent)
     make(other, b"one", parent=parent)
     assert volume.lookup(parent, b"one")
