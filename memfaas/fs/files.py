@@ -480,7 +480,8 @@ class Files:
         """What waits must not be stored any more: it was under a lock that another mount may have now."""
         file = self._files.get(ino)
         if file is not None and file.mtime is not None:
-            log.error("file %r: its lock is lost, and what was not stored yet", file.name.decode(errors="replace"))
+            name = file.name.decode(errors="replace")
+            log.error("file %r: what was written under its lock and not stored yet is lost", name)
             self._drop(file)
             file.error = errno.EIO
 
