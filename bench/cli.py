@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from memfaas.bench import bars, idle, kv, lease, pressure, report, result
 from memfaas.bench.fs import report as fs_report
+from memfaas.bench.fs.bars import FsResult
 from memfaas.bench.fs.run import MANY as FS_MANY
 from memfaas.bench.fs.run import ROUNDS as FS_ROUNDS
 from memfaas.bench.fs.run import measure_fs
 from memfaas.bench.peers import SYSTEMS
 from memfaas.bench.plan import SIZES
 from memfaas.bench.reclaim import report as reclaim_report
-from memfaas.bench.reclaim import result as reclaim_result
+from memfaas.bench.reclaim.result import ReclaimResult
 from memfaas.bench.reclaim.run import ROUNDS as RECLAIM_ROUNDS
 from memfaas.bench.reclaim.run import SIZES as RECLAIM_SIZES
 from memfaas.bench.reclaim.run import measure_reclaim
@@ -31,6 +32,7 @@ from memfaas.bench.trace import jobs, machine, policies
 from memfaas.bench.trace import report as trace_report
 from memfaas.bench.trace.outcome import Outcome
 from memfaas.bench.verbs import report as verbs_report
+from memfaas.bench.verbs.bars import VerbsResult
 from memfaas.bench.verbs.run import ROUNDS as VERBS_ROUNDS
 from memfaas.bench.verbs.run import measure_verbs
 from memfaas.config import ClientSettings, load_settings
@@ -202,13 +204,7 @@ def reclaim_command(sizes: tuple[int, ...], rounds: int, output: Path, strict: b
     output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         found = measure_reclaim(sizes or RECLAIM_SIZES, rounds, report=progress)
-    console = _console()
-    console.print(reclaim_report.show(found))
-    table = output / f"bench-reclaim-{datetime.now():%Y%m%d-%H%M%S}.json"
-    reclaim_result.write(found, table)
-    click.echo(f"figures: {table}")
-    if strict and bars.missed(found.verdicts):
-        sys.exit(1)
+    _tell("reclaim", found, reclaim_report.show(found), output, strict)
 
 
 @bench.command("verbs")
@@ -227,12 +223,7 @@ def verbs_command(rounds: int, output: Path, strict: bool, device: str | None) -
     output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         found = measure_verbs(load_settings(ClientSettings, {"device": device}).device, rounds, progress)
-    _console().print(verbs_report.show(found))
-    table = output / f"bench-verbs-{datetime.now():%Y%m%d-%H%M%S}.json"
-    verbs_report.write(found, table)
-    click.echo(f"figures: {table}")
-    if strict and bars.missed(found.verdicts):
-        sys.exit(1)
+    _tell("verbs", found, verbs_report.show(found), output, strict)
 
 
 @bench.command("fs")
@@ -250,12 +241,7 @@ def fs_command(rounds: int, seconds: float, names: int, output: Path, strict: bo
     output.mkdir(parents=True, exist_ok=True)
     with _progress() as progress:
         found = measure_fs(seconds, rounds, names, progress)
-    _console().print(fs_report.show(found))
-    table = output / f"bench-fs-{datetime.now():%Y%m%d-%H%M%S}.json"
-    fs_report.write(found, table)
-    click.echo(f"figures: {table}")
-    if strict and bars.missed(found.verdicts):
-        sys.exit(1)
+    _tell("fs", found, fs_report.show(found), output, strict)
 
 
 @bench.command("trace")
@@ -356,6 +342,17 @@ def _measure(
     console.print(report.show(found))
     stem = output / f"bench-{command}-{datetime.now():%Y%m%d-%H%M%S}"
     _write(found, stem)
+    if strict and bars.missed(found.verdicts):
+        sys.exit(1)
+
+
+def _tell(
+    name: str, found: ReclaimResult | VerbsResult | FsResult, shown: RenderableType, output: Path, strict: bool
+) -> None:
+    _console().print(shown)
+    table = output / f"bench-{name}-{datetime.now():%Y%m%d-%H%M%S}.json"
+    result.write(found, table)
+    click.echo(f"figures: {table}")
     if strict and bars.missed(found.verdicts):
         sys.exit(1)
 

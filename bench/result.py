@@ -157,8 +157,8 @@ class Result(msgspec.Struct, kw_only=True):
         return [cell for cell in self.cells if cell.failed is not None]
 
 
-def write(result: Result, path: Path) -> None:
-    """Write the JSON file."""
+def write(result: msgspec.Struct, path: Path) -> None:
+    """Write the JSON file of a run, of whatever benchmark."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
 
 

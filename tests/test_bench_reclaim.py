@@ -25,7 +25,7 @@ from memfaas.bench.reclaim.pages import ALL, Pages, Turns, turns
 from memfaas.bench.reclaim.raw import Raw, WrongPagesError
 from memfaas.bench.reclaim.result import First, ReclaimResult, Row
 from memfaas.bench.reclaim.run import Run, Way
-from memfaas.bench.result import Machine
+from memfaas.bench.result import Machine, write
 from memfaas.messages import FreedBytes, Reclaimed, Step
 from memfaas.units import GIB, KIB, MIB
 
@@ -284,7 +284,7 @@ def test_the_report_shows_figures_ratios_and_what_was_skipped() -> None:
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
     found = result_of(row(ways.DROPPED, [1.0, None]))
-    result.write(found, tmp_path / "r.json")
+    write(found, tmp_path / "r.json")
     assert result.read(tmp_path / "r.json") == found
     (tmp_path / "r.json").write_text('{"schema": "memfaas-bench-reclaim/0"}')
     with pytest.raises(msgspec.ValidationError):

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from memfaas.bench.cli import bench
-from memfaas.bench.result import Machine
+from memfaas.bench.result import Machine, write
 from memfaas.bench.verbs import bars, built, null, report, run
 from memfaas.bench.verbs.bars import (
     BARE,
@@ -124,7 +124,7 @@ def test_the_report_shows_figures_bars_and_what_was_skipped() -> None:
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
     found = result_of(row(OURS, "get", 4 * KIB, [1.0, None]))
-    report.write(found, tmp_path / "r.json")
+    write(found, tmp_path / "r.json")
     assert report.read(tmp_path / "r.json") == found
     (tmp_path / "r.json").write_text('{"schema": "memfaas-bench-verbs/0"}')
     with pytest.raises(msgspec.ValidationError):

@@ -1,10 +1,7 @@
-"""The table of a run of `memfaas bench fs`, for a terminal, and its JSON file."""
+"""The table of a run of `memfaas bench fs`, for a terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -48,8 +45,3 @@ def _cell(figure: float | None, base: float | None) -> str:
     if figure is None:
         return "-"
     return f"{figure:,.0f}" if not base else f"{figure:,.0f} ({figure / base:.0%})"
-
-
-def write(result: FsResult, path: Path) -> None:
-    """Write the JSON file."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")

@@ -66,11 +66,6 @@ class ReclaimResult(msgspec.Struct, kw_only=True):
         return None
 
 
-def write(result: ReclaimResult, path: Path) -> None:
-    """Write the JSON file."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-
-
 def read(path: Path) -> ReclaimResult:
     """Read a JSON file. Raises msgspec.ValidationError when it is no result of this version."""
     return msgspec.json.decode(path.read_bytes(), type=ReclaimResult)

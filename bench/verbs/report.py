@@ -41,11 +41,6 @@ def show(result: VerbsResult) -> RenderableType:
     )
 
 
-def write(result: VerbsResult, path: Path) -> None:
-    """Write the JSON file."""
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-
-
 def read(path: Path) -> VerbsResult:
     """Read a JSON file. Raises msgspec.ValidationError when it is no result of this version."""
     return msgspec.json.decode(path.read_bytes(), type=VerbsResult)
